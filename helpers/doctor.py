@@ -1,0 +1,175 @@
+"""`python -m helpers doctor`: one line per check, [OK] or [FAIL] with the remedy."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+PYTHON = (3, 11)
+FREE_GB = 2.0  # the model cache takes 0.6 GB, and twice that while it is being made
+
+
+class Problem(Exception):
+    """A failed check; its text says what is wrong and what to do."""
+
+
+def doctor() -> int:
+    """Print one line per check of this machine and return the exit status: 0 if all passed, 1 otherwise."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("python", _python),
+        *((name, lambda name=name, bound=bound: _package(name, bound)) for name, bound in requirements()),
+        ("torch device", _device),
+        ("bitsandbytes backend", _bitsandbytes),
+        ("peft", _peft),
+        ("disk", _disk),
+        ("model cache", _cache),
+        ("notebook kernel", _kernel),
+    ]
+    failures = 0
+    for name, check in checks:
+        try:
+            print(f"[OK]   {name}: {check()}")
+        except Exception as error:
+            failures += 1
+            reason = str(error) if isinstance(error, Problem) else f"{type(error).__name__}: {error}"
+            print(f"[FAIL] {name}: {' '.join(reason.split())}")
+    print("All checks passed." if not failures else f"{failures} of {len(checks)} checks failed.")
+    return 1 if failures else 0
+
+
+def requirements() -> list[tuple[str, str]]:
+    """Return the (package, lower bound) pairs that lora-lab's metadata declares, bound "" where it has none."""
+    pairs = []
+    for line in metadata.requires("lora-lab") or []:
+        requirement, _, marker = line.partition(";")
+        if "extra" not in marker:
+            name, _, bound = requirement.strip().partition(">=")
+            pairs.append((name.strip(), bound.strip()))
+    return pairs
+
+
+def _python() -> str:
+    found = platform.python_version()
+    if sys.version_info[:2] < PYTHON:
+        raise Problem(f"{found} is too old; install Python {PYTHON[0]}.{PYTHON[1]} or newer")
+    return f"{found} on {platform.system()} {platform.machine()}"
+
+
+def _package(name: str, bound: str) -> str:
+    from packaging.version import Version
+
+    remedy = f'`{Path(sys.executable).name} -m pip install "{name}{">=" + bound if bound else ""}"`'
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        raise Problem(f"not installed; {remedy}") from None
+    if bound and Version(found) < Version(bound):
+        raise Problem(f"{found} is older than {bound}; {remedy}")
+    return f"{found}" + (f" (needs {bound} or newer)" if bound else "")
+
+
+def _device() -> str:
+    from helpers.hardware import profile
+
+    import torch
+
+    machine = profile()
+    a = torch.randn(64, 64, device=machine.device, dtype=machine.dtype)
+    if not torch.isfinite(a @ a).all():
+        raise Problem(f"a matrix product on {machine.device} gave non-finite numbers; update the GPU driver and torch")
+    driver = shutil.which("nvidia-smi")
+    if machine.device == "cpu" and driver:
+        raise Problem(
+            "nvidia-smi is here, but torch sees no GPU: torch is a CPU build, or the driver is too old. "
+            "See pytorch.org/get-started for the install command"
+        )
+    return f"{machine}, adapters in float32"
+
+
+def _bitsandbytes() -> str:
+    from helpers.hardware import profile
+
+    import bitsandbytes.functional as bnb
+    import torch
+
+    device = profile().device
+    weight = torch.linspace(-1, 1, 256, device=device).view(4, 64)
+    try:
+        packed, state = bnb.quantize_4bit(weight, quant_type="nf4")
+        error = (bnb.dequantize_4bit(packed, state) - weight).abs().max().item()
+    except Exception as cause:
+        raise Problem(
+            f"4-bit quantization fails on {device} ({type(cause).__name__}: {cause}); the QLoRA notebooks need it. "
+            "Run `python -m bitsandbytes` for details"
+        ) from cause
+    if error > 0.2:
+        raise Problem(f"a 4-bit round trip on {device} is off by {error:.2f}; re-install bitsandbytes")
+    return f"NF4 works on {device}"
+
+
+def _peft() -> str:
+    """Add an adapter for real: PEFT 0.20 raises here when a torchao older than it wants is installed."""
+    from helpers.models import load_base
+
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        model = get_peft_model(load_base("tiny", device="cpu"), LoraConfig(target_modules=["q_proj"]))
+    except ImportError as error:
+        if "torchao" in str(error):
+            raise Problem(f"{error} Remedy: `pip uninstall -y torchao`, or `pip install -U torchao`") from error
+        raise
+    trainable, total = model.get_nb_trainable_parameters()
+    return f"an adapter attaches to the tiny model ({trainable:,} of {total:,} parameters train)"
+
+
+def _disk() -> str:
+    from helpers.fetch import cache_dir
+
+    folder = cache_dir()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < FREE_GB:
+        raise Problem(f"{free:.1f} GB free for {cache_dir()}; free {FREE_GB:.0f} GB, or set LORA_LAB_CACHE elsewhere")
+    return f"{free:.0f} GB free for the model cache"
+
+
+def _cache() -> str:
+    from helpers.fetch import cache_dir, is_cached
+
+    if is_cached():
+        return f"smollm2-135m is in {cache_dir()}"
+    folder = cache_dir()
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        raise Problem(f"cannot write to {folder}; set LORA_LAB_CACHE to a folder that you can write to")
+    return f"smollm2-135m is not yet in {cache_dir()}; the first use fetches it, or `python -m helpers fetch`"
+
+
+def _kernel() -> str:
+    """Whether notebooks opened in Jupyter run in this environment."""
+    try:
+        import ipykernel
+        from jupyter_client.kernelspec import KernelSpecManager
+
+        program = KernelSpecManager().get_kernel_spec("python3").argv[0]
+    except Exception as error:
+        raise Problem('no Python kernel for notebooks; `pip install -e ".[lab]"`') from error
+    # Jupyter replaces a bare "python" by the interpreter that it runs in itself.
+    if Path(program).is_absolute() and Path(program).parent != Path(sys.executable).parent:
+        raise Problem(
+            f"the kernel 'python3' runs {program}, not {sys.executable}; "
+            "`python -m ipykernel install --sys-prefix` in this environment"
+        )
+    return f"ipykernel {ipykernel.__version__} in this environment"

@@ -1,0 +1,111 @@
+"""How good is the model? Exact match by greedy generation, and the loss on completions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from helpers.data import Collator, encode
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ExactMatch(NamedTuple):
+    """The result of `exact_match`: `score` from 0 to 1, and `rows`, a table of prompt, expected, answer, correct."""
+
+    score: float
+    rows: pd.DataFrame
+
+
+@torch.no_grad()
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int | None = None,
+) -> ExactMatch:
+    """Answer every prompt greedily and count the answers that equal the completion, white space at the ends aside.
+
+    Args:
+        model: a causal language model, or a PeftModel around one. Its train or eval mode is restored.
+        tokenizer: the model's tokenizer; it is not changed.
+        dataset: string columns `prompt` and `completion`.
+        batch_size: prompts generated at once, padded on the left; prompts of similar length go together.
+        max_new_tokens: tokens generated at most. By default as many as the longest completion has, and its EOS; an
+            answer that needs more cannot be right.
+
+    Raises:
+        ValueError: the dataset is empty.
+    """
+    if len(dataset) == 0:
+        raise ValueError("the dataset is empty: there is nothing to evaluate")
+    prompts, completions = list(dataset["prompt"]), list(dataset["completion"])
+    if max_new_tokens is None:
+        longest = max(map(len, tokenizer(completions, add_special_tokens=False).input_ids))
+        max_new_tokens = longest + 1
+    answers = [""] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(prompts), batch_size):
+            chosen = by_length[start : start + batch_size]
+            inputs = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True, padding_side="left")
+            tokens = model.generate(
+                input_ids=inputs.input_ids.to(model.device),
+                attention_mask=inputs.attention_mask.to(model.device),
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            new_tokens = tokens[:, inputs.input_ids.shape[1] :]
+            for i, text in zip(chosen, tokenizer.batch_decode(new_tokens, skip_special_tokens=True), strict=True):
+                answers[i] = text
+    finally:
+        model.train(was_training)
+    rows = pd.DataFrame({"prompt": prompts, "expected": completions, "answer": answers})
+    rows["correct"] = rows["expected"].str.strip() == rows["answer"].str.strip()
+    return ExactMatch(score=float(rows["correct"].mean()), rows=rows)
+
+
+@torch.no_grad()
+def completion_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    *,
+    batch_size: int = 32,
+    max_length: int = 512,
+) -> float:
+    """Return the mean negative log-likelihood per completion token (EOS included), in nats.
+
+    Every token of the dataset has the same weight, whatever batch it is in. The perplexity is `math.exp` of it.
+
+    Args:
+        model: a causal language model, or a PeftModel around one. Its train or eval mode is restored.
+        tokenizer: the model's tokenizer.
+        dataset: string columns `prompt` and `completion`.
+        batch_size: rows scored at once; it does not change the result.
+        max_length: as for `helpers.data.encode`.
+    """
+    rows = encode(dataset, tokenizer, max_length)
+    collate = Collator(tokenizer)
+    total, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(rows), batch_size):
+            batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+            labels = batch.pop("labels")[:, 1:].to(model.device)  # the token at t + 1 is predicted at t
+            logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits[:, :-1]
+            total += nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum").item()
+            tokens += int((labels != -100).sum())
+    finally:
+        model.train(was_training)
+    return total / tokens

@@ -1,0 +1,90 @@
+"""What this machine can do, and the settings that follow from it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The machine, and the settings that the notebooks take from it.
+
+    Attributes:
+        device: "cuda", "mps" or "cpu".
+        name: the device in words, for people.
+        memory_gib: memory of the GPU, or of the machine where there is no GPU, in GiB.
+        dtype: the dtype for the frozen base model. float32 on a CPU and on MPS, bfloat16 on CUDA from compute
+            capability 8.0 (Ampere) on, float16 on older GPUs such as the T4.
+        compute_dtype: the dtype that 4-bit layers multiply in (`bnb_4bit_compute_dtype`), the same as `dtype`.
+        train_batch_size: examples in a micro-batch, for the default model and sequences of about 50 tokens.
+        eval_batch_size: examples generated or scored at once.
+        model: the default base model, a name for `helpers.models.load_base`.
+    """
+
+    device: str
+    name: str
+    memory_gib: float
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    train_batch_size: int
+    eval_batch_size: int
+    model: str
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name}, {self.memory_gib:.0f} GiB: base model {self.model} in {dtype}"
+
+
+def profile() -> Profile:
+    """Look at the hardware and choose device, dtypes, batch sizes and the default model.
+
+    On a machine with several GPUs the current CUDA device counts. The environment variable LORA_LAB_DEVICE=cpu leaves a
+    GPU unused.
+
+    Raises:
+        ValueError: LORA_LAB_DEVICE is set to something else.
+    """
+    forced = os.environ.get("LORA_LAB_DEVICE", "")
+    if forced not in ("", "cpu"):
+        raise ValueError(f"LORA_LAB_DEVICE={forced!r}: set it to cpu, or unset it to use a GPU where there is one")
+    if torch.cuda.is_available() and not forced:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        memory_gib = properties.total_memory / 2**30
+        # A T4 says that it supports bfloat16, but emulates it: ask for the architecture.
+        dtype = torch.bfloat16 if properties.major >= 8 else torch.float16
+        large = memory_gib >= 14  # a T4 reports 14.6 GiB
+        return Profile(
+            device="cuda",
+            name=properties.name,
+            memory_gib=memory_gib,
+            dtype=dtype,
+            compute_dtype=dtype,
+            train_batch_size=8,
+            eval_batch_size=64,
+            model="HuggingFaceTB/SmolLM2-1.7B-Instruct" if large else "smollm2-135m",
+        )
+    on_mps = torch.backends.mps.is_available() and not forced
+    return Profile(
+        device="mps" if on_mps else "cpu",
+        name=f"Apple GPU ({platform.machine()})" if on_mps else f"CPU ({torch.get_num_threads()} threads)",
+        memory_gib=_machine_memory_gib(),
+        dtype=torch.float32,
+        compute_dtype=torch.float32,
+        train_batch_size=8,
+        eval_batch_size=64,
+        model="smollm2-135m",
+    )
+
+
+def _machine_memory_gib() -> float:
+    limit = psutil.virtual_memory().total
+    with contextlib.suppress(OSError, ValueError):  # a container's limit, where there is one (cgroup v2)
+        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return limit / 2**30

@@ -1,0 +1,98 @@
+"""Base models by name: `tiny` ships in the package, `smollm2-135m` is fetched once, any other name is a hub id."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from helpers.fetch import fetch_smollm2
+from helpers.hardware import profile
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+
+
+def load_base(
+    name: str = "tiny",
+    *,
+    quantization: str | BitsAndBytesConfig | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """Load a base model for fine-tuning: safetensors weights only, and never code from the model's folder.
+
+    Args:
+        name: "tiny" (0.9M parameters, in the package), "smollm2-135m" (SmolLM2-135M-Instruct, fetched on first use,
+            see `helpers.fetch`), a folder, or the id of a model on the Hugging Face hub.
+        quantization: None, or "nf4" for 4-bit NormalFloat weights with double quantization as in QLoRA, or a
+            BitsAndBytesConfig of your own.
+        dtype: of the weights, or of what stays unquantized. Default: the hardware profile's.
+        device: where to put it. Default: the hardware profile's.
+
+    Returns:
+        The model, in eval mode, as transformers loads it.
+
+    Raises:
+        ValueError: `quantization` is not one of the above.
+        RuntimeError: "smollm2-135m" is not in the cache and cannot be fetched.
+        OSError: no such model, or it has no safetensors weights (from transformers).
+    """
+    hardware = profile()
+    dtype = dtype or hardware.dtype
+    device = torch.device(device or hardware.device)
+    if quantization == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=hardware.compute_dtype,
+        )
+    elif quantization is not None and not isinstance(quantization, BitsAndBytesConfig):
+        raise ValueError(f'quantization={quantization!r}: expected None, "nf4" or a BitsAndBytesConfig')
+    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    if quantization is not None:
+        options |= {"quantization_config": quantization, "device_map": {"": device}}
+    source = _source(name)
+    with _no_progress_bar():
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    return model if quantization is not None else model.to(device)
+
+
+def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base model; the names are those of `load_base`.
+
+    Where a tokenizer has no padding token, its EOS token is used. That is safe with `helpers.data`, which masks padding
+    by position and keeps the EOS as a label.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(_source(name), trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Hide the bar "Loading weights", which is gone in a second. Downloads from a hub have their own, which stays."""
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+def _source(name: str) -> str:
+    if name == "tiny":
+        return str(TINY)
+    if name == "smollm2-135m":
+        return str(fetch_smollm2())
+    return name
