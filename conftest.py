@@ -56,6 +56,8 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
     if isinstance(item, nbval.plugin.IPyNbCell) and "smollm2-135m" in item.parent.path.read_text(encoding="utf-8"):
         smollm2_or_skip()
 

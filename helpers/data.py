@@ -118,14 +118,17 @@ def _all_commands(split: str) -> Iterator[dict[str, str]]:
     for device, room in device_room_pairs(split):
         for phrasing in SWITCH_PHRASINGS[split]:
             for state in ("on", "off"):
-                command = {"device": device, "room": room, "action": state}
-                yield _row(phrasing.format(d=device, r=room, s=state), command)
+                yield _row(
+                    phrasing.format(d=device, r=room, s=state), {"device": device, "room": room, "action": state}
+                )
         if device in DIALS:
             unit, low, high, step = DIALS[device]
             for phrasing in DIAL_PHRASINGS[split]:
                 for value in range(low, high + 1, step):
-                    command = {"device": device, "room": room, "action": "set", "value": value}
-                    yield _row(phrasing.format(d=device, r=room, v=value, u=unit), command)
+                    yield _row(
+                        phrasing.format(d=device, r=room, v=value, u=unit),
+                        {"device": device, "room": room, "action": "set", "value": value},
+                    )
 
 
 def _row(request: str, command: dict[str, str | int]) -> dict[str, str]:

@@ -20,28 +20,33 @@ class Problem(Exception):
     """A failed check; its text says what is wrong and what to do."""
 
 
-def doctor() -> int:
-    """Print one line per check of this machine and return the exit status: 0 if all passed, 1 otherwise."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+def doctor(only_failures: bool = False) -> int:
+    """Print one line per check of this machine, or only the failed ones, and return 0 if all passed, 1 otherwise."""
     checks: list[tuple[str, Callable[[], str]]] = [
         ("python", _python),
         *((name, lambda name=name, bound=bound: _package(name, bound)) for name, bound in requirements()),
         ("torch device", _device),
         ("bitsandbytes backend", _bitsandbytes),
-        ("peft", _peft),
+        ("adapter", _peft),
         ("disk", _disk),
         ("model cache", _cache),
         ("notebook kernel", _kernel),
     ]
     failures = 0
-    for name, check in checks:
-        try:
-            print(f"[OK]   {name}: {check()}")
-        except Exception as error:
-            failures += 1
-            reason = str(error) if isinstance(error, Problem) else f"{type(error).__name__}: {error}"
-            print(f"[FAIL] {name}: {' '.join(reason.split())}")
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            for name, check in checks:
+                try:
+                    passed = check()
+                    if not only_failures:
+                        print(f"[OK]   {name}: {passed}")
+                except Exception as error:
+                    failures += 1
+                    reason = str(error) if isinstance(error, Problem) else f"{type(error).__name__}: {error}"
+                    print(f"[FAIL] {name}: {' '.join(reason.split())}")
+    finally:
+        logging.disable(logging.NOTSET)
     print("All checks passed." if not failures else f"{failures} of {len(checks)} checks failed.")
     return 1 if failures else 0
 

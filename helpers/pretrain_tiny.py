@@ -77,7 +77,8 @@ def new_model(vocabulary: int, eos_token_id: int, pad_token_id: int) -> LlamaFor
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
     """Yield batches (BATCH_SIZE, SEQUENCE_LENGTH) of token ids: packed documents, and some rows of repeated tokens."""
     generator = torch.Generator().manual_seed(seed)
-    stream, buffer = documents(seed), []
+    stream = documents(seed)
+    buffer: list[int] = []
     random_rows = round(BATCH_SIZE * RANDOM_COPY_SHARE)
     needed = (BATCH_SIZE - random_rows) * SEQUENCE_LENGTH
     while True:
@@ -110,7 +111,7 @@ def main() -> None:
     """Run the recipe from the command line."""
     parser = argparse.ArgumentParser(description="Pretrain the tiny base model and write its folder.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=4000)
     arguments = parser.parse_args()
 
     torch.manual_seed(SEED)

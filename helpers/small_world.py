@@ -231,6 +231,10 @@ def _dialogue(rng: random.Random) -> str:
             f"change the {device} to {rng.randrange(10, 90)} percent, please",
             f"set the {device} at {rng.randrange(10, 90)} percent",
             f"put the {device} to {rng.randrange(10, 90)} percent",
+            f"make sure that the {device} is {state}",
+            f"I would like to have the {device} {state}",
+            f"can we have the {device} {state}",
+            f"we should change the {device}, please",
         )
     )
     reply = rng.choice(

@@ -1,0 +1,146 @@
+"""The sample task, JSON Lines, encoding and collating."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import data
+from helpers.models import load_tokenizer
+
+SPLITS = ("train", "validation", "test")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("tiny")
+
+
+def test_splits_have_their_sizes_and_no_duplicate():
+    assert {split: len(data.load_commands(split)) for split in SPLITS} == {"train": 400, "validation": 60, "test": 120}
+    prompts = [prompt for split in SPLITS for prompt in data.load_commands(split)["prompt"]]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_no_phrasing_and_no_pair_of_device_and_room_is_in_two_splits():
+    for phrasings in (data.SWITCH_PHRASINGS, data.DIAL_PHRASINGS):
+        every = [phrasing for split in SPLITS for phrasing in phrasings[split]]
+        assert len(set(every)) == len(every)
+    pairs = {split: set() for split in SPLITS}
+    for split in SPLITS:
+        for completion in data.load_commands(split)["completion"]:
+            command = json.loads(completion)
+            pairs[split].add((command["device"], command["room"]))
+        assert pairs[split] <= set(data.device_room_pairs(split))
+    assert not pairs["train"] & pairs["test"]
+    assert not pairs["train"] & pairs["validation"]
+    assert not pairs["validation"] & pairs["test"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_command_says_what_its_request_says(split):
+    for row in data.load_commands(split):
+        command = json.loads(row["completion"])
+        request = row["prompt"].removesuffix("\nJSON:").lower()
+        keys = ["device", "room", "action"] + (["value"] if command["action"] == "set" else [])
+        assert list(command) == keys
+        assert command["device"] in request
+        assert command["room"] in request
+        words = request.replace(".", " ").replace("?", " ").replace(",", " ").replace(":", " ").split()
+        assert str(command["value"] if "value" in command else command["action"]) in words
+
+
+def test_every_machine_gets_the_same_rows():
+    text = "\n".join(json.dumps(row) for split in SPLITS for row in data.load_commands(split))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "a5b998a9d39ce2ae"
+
+
+def test_an_unknown_split_is_named():
+    with pytest.raises(ValueError, match=r"'dev' does not exist; choose one of train, validation, test"):
+        data.load_commands("dev")
+
+
+def test_load_jsonl_reads_rows_in_order(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(
+        '\ufeff{"prompt": "é\u2028b", "completion": "c", "note": 1}\r\n\n{"completion": "d", "prompt": "e"}'.encode()
+    )
+    assert data.load_jsonl(file).to_list() == [
+        {"prompt": "é\u2028b", "completion": "c"},
+        {"prompt": "e", "completion": "d"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no rows"),
+        (b"\n  \n", "no rows"),
+        (b'{"prompt": "a", "completion": "b"}\n{"prompt": "a",', "line 2: not valid JSON"),
+        (b'{"prompt": "a"}', "line 1: the key 'completion' is missing; found 'prompt'"),
+        (b'{"prompt": "a", "completion": ""}', "line 1: 'completion' must be a non-empty string"),
+        (b'{"prompt": 3, "completion": "b"}', "line 1: 'prompt' must be a non-empty string, found 3"),
+        (b'\n["a", "b"]', "line 2: expected an object"),
+        (b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff", "completion": "b"}', "line 2: not UTF-8"),
+    ],
+)
+def test_load_jsonl_names_file_and_line(tmp_path, content, message):
+    file = tmp_path / "broken.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken\.jsonl") as error:
+        data.load_jsonl(file)
+    assert message in str(error.value)
+
+
+def test_encode_masks_the_prompt_and_keeps_the_eos(tokenizer):
+    row = data.load_commands("train")[0]
+    [encoded] = data.encode(data.load_commands("train").select([0]), tokenizer)
+    prompt = tokenizer(row["prompt"]).input_ids
+    completion = tokenizer(row["completion"]).input_ids
+    assert encoded["input_ids"] == [*prompt, *completion, tokenizer.eos_token_id]
+    assert encoded["labels"] == [-100] * len(prompt) + [*completion, tokenizer.eos_token_id]
+    assert encoded["attention_mask"] == [1] * len(encoded["input_ids"])
+
+
+def test_encode_truncates_and_refuses_a_row_without_labels(tokenizer):
+    rows = data.load_commands("train").select(range(3))
+    lengths = [len(tokenizer(prompt).input_ids) for prompt in rows["prompt"]]
+    shorter = data.encode(rows, tokenizer, max_length=max(lengths) + 1)
+    assert all(len(row["input_ids"]) == len(row["labels"]) <= max(lengths) + 1 for row in shorter)
+    assert all(any(label != -100 for label in row["labels"]) for row in shorter)
+    too_long = lengths.index(max(lengths)) + 1
+    with pytest.raises(ValueError, match=rf"row {too_long}: the prompt alone has {max(lengths)} tokens and max_length"):
+        data.encode(rows, tokenizer, max_length=max(lengths))
+
+
+def test_encode_refuses_what_it_cannot_learn_from(tokenizer):
+    rows = data.load_commands("train")
+    with pytest.raises(ValueError, match="no column completion"):
+        data.encode(rows.remove_columns("completion"), tokenizer)
+    with pytest.raises(ValueError, match="empty"):
+        data.encode(rows.select([]), tokenizer)
+    without_eos = load_tokenizer("tiny")
+    without_eos.eos_token = None
+    with pytest.raises(ValueError, match="no EOS"):
+        data.encode(rows, without_eos)
+
+
+@settings(deadline=None, max_examples=50, derandomize=True)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6))
+def test_collator_pads_on_the_right(lengths):
+    tokenizer = load_tokenizer("tiny")
+    rows = [
+        {"input_ids": list(range(2, 2 + n)), "attention_mask": [1] * n, "labels": [-100] * (n - 1) + [7]}
+        for n in lengths
+    ]
+    batch = data.Collator(tokenizer)(rows)
+    for i, n in enumerate(lengths):
+        assert batch["input_ids"][i, :n].tolist() == rows[i]["input_ids"]
+        assert batch["labels"][i, :n].tolist() == rows[i]["labels"]
+        assert (batch["input_ids"][i, n:] == tokenizer.pad_token_id).all()
+        assert (batch["labels"][i, n:] == -100).all()
+        assert batch["attention_mask"][i].tolist() == [1] * n + [0] * (max(lengths) - n)
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())

@@ -1,0 +1,654 @@
+import copy
+import random
+from functools import partial
+
+from helpers.data import Collator, encode
+from helpers.gradients import diagnose, gradient_report
+from helpers.lora import inject_lora
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+)
+
+EOS = 2
+LAYERS = "base_model.model.model.layers"
+
+
+def llama(dtype=torch.float32, **options):
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        eos_token_id=EOS,
+        **options,
+    )
+    torch.manual_seed(1)
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def lora(**options):
+    return LoraConfig(**({"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"} | options))
+
+
+def peft(dtype=torch.float32, **options):
+    return get_peft_model(llama(dtype), lora(**options)).train()
+
+
+def adamw(model, lr=1e-3):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+
+
+def make_batch(pad=0):
+    """Three rows: a prompt, a completion, EOS, padding; the prompt and the padding are masked."""
+    batch = {key: torch.full((3, 9), fill) for key, fill in (("input_ids", pad), ("labels", -100))}
+    batch["attention_mask"] = torch.zeros(3, 9, dtype=torch.int64)
+    for i, length in enumerate((9, 7, 6)):
+        ids = torch.randint(3, 128, (length,), generator=torch.Generator().manual_seed(i))
+        ids[-1] = EOS
+        batch["input_ids"][i, :length] = ids
+        batch["attention_mask"][i, :length] = 1
+        batch["labels"][i, 2:length] = ids[2:]
+    return batch
+
+
+def step(model, optimizer, times=1, **options):
+    for _ in range(times):
+        model(**make_batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(**options)
+
+
+def codes(*arguments):
+    return [finding.code for finding in diagnose(*arguments)]
+
+
+def only(findings, code):
+    """Return the finding if it is the only one and has this code; the message and the remedy must be one sentence."""
+    assert [finding.code for finding in findings] == [code]
+    finding = findings[0]
+    assert finding.remedy.endswith(".")
+    assert finding.remedy.count(". ") == 0
+    assert not finding.message.endswith(".")
+    return finding
+
+
+@pytest.fixture(scope="module")
+def nf4(tmp_path_factory):
+    """A function that loads a small random model in NF4."""
+    folder = tmp_path_factory.mktemp("base")
+    llama().save_pretrained(folder)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return lambda: AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"})
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A word-level tokenizer that ends each text with </s>, which is its padding token too."""
+    vocabulary = {"<s>": 1, "</s>": EOS, "<unk>": 3} | {word: 10 + i for i, word in enumerate("abcdef")}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+# The report
+
+
+def test_report_names_the_state_of_every_parameter():
+    model = peft()
+    assert gradient_report(model)["state"].isin(["frozen", "no gradient"]).all()
+    model(**make_batch()).loss.backward()
+    weights = dict(model.named_parameters())
+    up, down = (f"{LAYERS}.0.mlp.down_proj.lora_{half}.default.weight" for half in "BA")
+    weights[f"{LAYERS}.1.mlp.down_proj.lora_B.default.weight"].grad[0, 0] = float("inf")
+    report = gradient_report(model)
+    assert list(report.columns) == ["name", "requires_grad", "state", "norm"]
+    assert list(report["name"]) == list(weights)
+    report = report.set_index("name")
+    assert report["requires_grad"].equals(report["state"] != "frozen")
+    assert report.loc[down, "state"] == "zero"
+    assert report.loc[down, "norm"] == 0
+    assert report.loc[up, "state"] == "ok"
+    assert report.loc[up, "norm"] == pytest.approx(weights[up].grad.pow(2).sum().sqrt().item())
+    assert report.loc[f"{LAYERS}.1.mlp.down_proj.lora_B.default.weight", "state"] == "non-finite"
+    assert report[report["state"] == "frozen"]["norm"].isna().all()
+    assert report.attrs == {}
+
+
+def test_report_tells_tiny_and_low_precision_gradients_from_zero():
+    tiny, low = torch.nn.Linear(4, 1, bias=False), torch.nn.Linear(2, 1, bias=False, dtype=torch.float16)
+    tiny.weight.grad = torch.full((1, 4), 1e-30)  # its square underflows
+    low.weight.grad = torch.full((1, 2), 6e4, dtype=torch.float16)  # its norm overflows fp16
+    assert gradient_report(tiny)["state"].item() == "ok"
+    assert gradient_report(low)["state"].item() == "ok"
+    assert gradient_report(low)["norm"].item() == pytest.approx(6e4 * 2**0.5, rel=1e-3)
+
+
+# Healthy runs
+
+
+def full():
+    return llama().train()
+
+
+def checkpointed():
+    model = llama()
+    model.gradient_checkpointing_enable()
+    return get_peft_model(model, lora()).train()
+
+
+def embeddings():
+    return peft(target_modules=["embed_tokens", "q_proj"])  # PEFT starts lora_embedding_A at zero, not B
+
+
+def with_biases():
+    return get_peft_model(llama(attention_bias=True), lora(bias="lora_only")).train()
+
+
+def tied():
+    targets = ["embed_tokens", "lm_head"]
+    return get_peft_model(
+        llama(tie_word_embeddings=True), lora(target_modules=targets, ensure_weight_tying=True)
+    ).train()
+
+
+def from_scratch():
+    return inject_lora(llama(), ["q_proj", "down_proj"], r=4, lora_alpha=8).train()
+
+
+def added():
+    model = llama()
+    model.add_adapter(lora())
+    return model.train()
+
+
+HEALTHY = {
+    "lora": peft,
+    "lora on bf16": lambda: peft(torch.bfloat16),
+    "pissa": lambda: peft(init_lora_weights="pissa"),
+    "random init": lambda: peft(init_lora_weights=False),
+    "dora, all linear": lambda: peft(use_dora=True, target_modules="all-linear", lora_dropout=0.1),
+    "regular expression": lambda: peft(target_modules=r".*\.0\..*q_proj"),
+    "modules to save": lambda: peft(modules_to_save=["lm_head"]),
+    "new tokens": lambda: peft(trainable_token_indices=[5, 6, EOS]),
+    "biases": with_biases,
+    "embeddings": embeddings,
+    "tied embeddings": tied,
+    "checkpointing": checkpointed,
+    "eval mode": lambda: peft().eval(),
+    "add_adapter in fp32": added,
+    "LoRALinear": from_scratch,
+    "full": full,
+    "full in bf16": lambda: llama(torch.bfloat16).train(),
+}
+
+
+@pytest.mark.parametrize("build", HEALTHY.values(), ids=HEALTHY)
+def test_healthy_runs_have_no_finding(build):
+    model, batch = build(), make_batch()
+    optimizer = adamw(model)
+    assert diagnose(model, batch, optimizer) == []
+    step(model, optimizer, times=2)
+    assert diagnose(model, batch, optimizer) == []
+    model(**batch).loss.backward()
+    assert diagnose(model, None, optimizer) == []
+    optimizer.zero_grad(set_to_none=False)
+    assert diagnose(model, batch, optimizer) == []
+    assert diagnose(model, None, optimizer) == []
+
+
+def test_healthy_qlora_has_no_finding(nf4):
+    for prepare in (lambda model: model, prepare_model_for_kbit_training):
+        model = get_peft_model(prepare(nf4()), lora(target_modules="all-linear")).train()
+        optimizer = adamw(model)
+        assert diagnose(model, make_batch(), optimizer) == []
+        step(model, optimizer, times=2)
+        assert diagnose(model, make_batch(), optimizer) == []
+
+
+def test_healthy_trainer_has_no_finding_before_and_after(tmp_path):
+    arguments = TrainingArguments(
+        output_dir=tmp_path,
+        max_steps=4,
+        warmup_steps=2,
+        per_device_train_batch_size=3,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        save_strategy="no",
+        label_names=["labels"],
+    )
+    rows = [{key: value[i] for key, value in make_batch().items()} for i in range(3)]
+    trainer = Trainer(peft(), arguments, train_dataset=rows)
+    trainer.create_optimizer_and_scheduler(num_training_steps=4)
+    assert trainer.optimizer.param_groups[0]["lr"] == 0  # the warm-up starts here
+    assert diagnose(trainer.model, make_batch(), trainer.optimizer) == []
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["lr"] == 0  # the linear schedule ends here
+    assert diagnose(trainer.model, make_batch(), trainer.optimizer) == []
+
+
+# Faults, each made the way it happens
+
+
+@pytest.fixture
+def saved_adapter(tmp_path):
+    peft().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_adapter_loaded_for_inference(saved_adapter):
+    base = llama()
+    base.gradient_checkpointing_enable()
+    base.enable_input_require_grads()  # the loss then requires a gradient, and backward runs without an error
+    model = PeftModel.from_pretrained(base, saved_adapter).train()
+    model(**make_batch()).loss.backward()
+    finding = only(diagnose(model, make_batch()), "no-trainable-parameters")
+    assert "is_trainable=True" in finding.remedy
+    assert codes(PeftModel.from_pretrained(llama(), saved_adapter, is_trainable=True).train(), make_batch()) == []
+
+
+def test_prepared_for_kbit_training_too_late(nf4):
+    model = prepare_model_for_kbit_training(get_peft_model(nf4(), lora())).train()
+    only(diagnose(model), "no-trainable-parameters")
+    only(diagnose(model, make_batch()), "no-trainable-parameters")
+
+
+def test_head_unfrozen_by_hand():
+    model = peft()
+    model.get_output_embeddings().weight.requires_grad_(True)
+    finding = only(diagnose(model, make_batch(), adamw(model)), "base-trainable")
+    assert "base_model.model.lm_head.weight" in finding.message
+    assert "modules_to_save" in finding.remedy
+
+
+def test_base_never_frozen():
+    model = from_scratch()
+    model.requires_grad_(True)
+    finding = only(diagnose(model, make_batch()), "base-trainable")
+    assert "model.embed_tokens.weight, " in finding.message
+    assert f"and {len(list(llama().parameters())) - 3} more" in finding.message
+
+
+def test_biases_that_no_config_asked_for():
+    model = get_peft_model(llama(attention_bias=True), lora()).train()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.requires_grad_(True)
+    only(diagnose(model, make_batch()), "base-trainable")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_adapter_in_the_dtype_of_the_base(dtype):
+    model = llama(dtype)
+    model.add_adapter(lora())
+    finding = only(diagnose(model.train()), "low-precision-adapter")
+    assert str(dtype) in finding.message
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    assert diagnose(model) == []
+
+
+def test_misspelled_target():
+    for build in (
+        lambda config: get_peft_model(llama(), config),
+        lambda config: [(m := llama()).add_adapter(config), m][1],
+    ):
+        model = build(lora(target_modules=["q_proj", "v_porj", "j_proj"])).train()
+        finding = only(diagnose(model, make_batch()), "partial-targets")
+        assert finding.message.endswith(": j_proj, v_porj")
+
+
+def test_misspelled_target_of_a_second_adapter():
+    model = peft()
+    model.add_adapter("second", lora(target_modules=["q_porj", "v_proj", "layers.0.self_attn.k_proj", "own_proj"]))
+    model.set_adapter("second")
+    assert only(diagnose(model), "partial-targets").message.endswith(": own_proj, q_porj")
+
+
+def test_checkpointing_in_eval_mode():
+    for part in ("", "base_model.model.model.layers"):  # all of it; or only the frozen layers, to switch dropout off
+        model = checkpointed()
+        model.get_submodule(part).eval()
+        finding = only(diagnose(model, make_batch()), "checkpointing-inactive")
+        assert f"{LAYERS}.0" in finding.message
+        assert diagnose(model.train(), make_batch()) == []
+
+
+def test_generation_before_training_on_a_cpu(nf4):
+    model = get_peft_model(nf4(), lora(target_modules="all-linear"))
+    layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    if not layers or not layers[0].support_avx512bf16_for_cpu:
+        pytest.skip("bitsandbytes packs 4-bit weights on CPUs with AVX512-BF16 only")
+
+    def gradient():
+        model.train()(**make_batch()).loss.backward()
+        found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        return found
+
+    right = gradient()
+    assert diagnose(model.eval(), make_batch()) == []  # and it did not pack the weights itself:
+    assert torch.equal(gradient(), right)
+    model.eval().generate(input_ids=make_batch()["input_ids"][:1, :4], max_new_tokens=2, do_sample=False)
+    finding, *consequences = diagnose(model.train(), make_batch())
+    assert finding.code == "packed-for-inference"
+    assert "layers.0.self_attn.q_proj" in finding.message
+    assert [consequence.code for consequence in consequences] == ["zero-gradient"]
+    assert (gradient() - right).norm() > 0.3 * right.norm()
+    model.state_dict()  # the remedy
+    assert diagnose(model, make_batch()) == []
+    assert (gradient() - right).norm() < 0.02 * right.norm()
+
+
+def test_optimizer_built_before_the_adapter():
+    base = llama()
+    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-3)
+    model = get_peft_model(base, lora()).train()
+    finding = only(diagnose(model, None, optimizer), "not-in-optimizer")
+    assert f"{LAYERS}.0.self_attn.q_proj.lora_A.default.weight" in finding.message
+    assert "and 5 more" in finding.message
+
+
+def test_learning_rate_of_zero():
+    model = peft()
+    only(diagnose(model, make_batch(), adamw(model, lr=0.0)), "lr-zero")
+    a, b = ([p for n, p in model.named_parameters() if f"lora_{half}" in n] for half in "AB")
+    optimizer = torch.optim.AdamW([{"params": a}, {"params": b, "lr": 0.0}], lr=1e-3)
+    message = only(diagnose(model, make_batch(), optimizer), "lr-zero").message
+    assert "lora_B" in message
+    assert "lora_A" not in message
+    scheduled = torch.optim.AdamW(model.parameters(), lr=0.0)
+    get_linear_schedule_with_warmup(scheduled, 2, 10)
+    only(diagnose(model, make_batch(), scheduled), "lr-zero")
+
+
+def test_warm_up_that_is_never_stepped():
+    model = peft()
+    optimizer = adamw(model)
+    scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=4, num_training_steps=8)
+    assert diagnose(model, make_batch(), optimizer) == []
+    step(model, optimizer)  # the first step of a warm-up, with a learning rate of 0
+    assert diagnose(model, make_batch(), optimizer) == []
+    step(model, optimizer)
+    finding = only(diagnose(model, make_batch(), optimizer), "lr-zero")
+    assert "scheduler.step()" in finding.remedy
+    scheduler.step()
+    assert diagnose(model, make_batch(), optimizer) == []
+
+
+def test_gradients_left_by_a_dropped_tail():
+    model = peft()
+    (model(**make_batch()).loss / 4).backward()  # the loop ended before its fourth micro-batch
+    finding = only(diagnose(model, make_batch()), "leftover-gradients")
+    assert "lora_B" in finding.message
+    assert diagnose(model) == []
+
+
+def test_frozen_after_a_backward_pass():
+    model = full()
+    model(**make_batch()).loss.backward()
+    model.zero_grad(set_to_none=False)
+    model.model.embed_tokens.requires_grad_(False)  # AdamW still decays it
+    finding = only(diagnose(model, make_batch()), "leftover-gradients")
+    assert finding.message.endswith(" model.embed_tokens.weight")
+
+
+def test_prompts_that_fill_max_length(tokenizer):
+    rows = [{"input_ids": [*range(10, 22), EOS], "labels": [-100] * 10 + [20, 21, EOS]} for _ in range(2)]
+    cut = [{key: values[:10] for key, values in row.items()} for row in rows]
+    batches = [{key: torch.tensor([row[key] for row in part]) for key in part[0]} for part in (rows, cut)]
+    assert diagnose(peft(), batches[0]) == []
+    assert "max_length" in only(diagnose(peft(), batches[1]), "no-labels").remedy
+    batches[1]["labels"][:, 0] = 5  # the first label is never predicted
+    only(diagnose(peft(), batches[1]), "no-labels")
+    del batches[1]["labels"]
+    assert "no 'labels'" in only(diagnose(peft(), batches[1]), "no-labels").message
+
+
+def test_padding_with_the_eos_token(tokenizer):
+    encoded = [tokenizer(text) for text in ("a b c d e", "b c", "e f a b")]
+    assert encoded[1]["input_ids"][-1] == EOS
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)(encoded)
+    finding = only(diagnose(peft(), batch), "eos-not-learned")
+    assert finding.message.startswith("3 learned texts")
+    del batch["attention_mask"]
+    only(diagnose(peft(), batch), "eos-not-learned")
+    model = peft()  # a chat model: its own end-of-turn token beside the config's
+    model.config.eos_token_id, model.generation_config.eos_token_id = 7, [8, EOS]
+    only(diagnose(model, batch), "eos-not-learned")
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    assert diagnose(model, batch) == []
+
+
+def test_eos_that_need_not_be_learned(tokenizer):
+    rows = Dataset.from_list([{"prompt": "a b", "completion": "c d e"}, {"prompt": "a", "completion": "f"}])
+    batch = Collator(tokenizer)(list(encode(rows, tokenizer)))
+    assert (batch["input_ids"][1] == EOS).sum() == 5  # one in the prompt, one learned, three of padding
+    assert diagnose(peft(), batch) == []
+    truncated = Collator(tokenizer)(list(encode(rows, tokenizer, max_length=4)))
+    truncated = {key: value[:1] for key, value in truncated.items()}
+    assert EOS in truncated["input_ids"]
+    assert EOS not in truncated["labels"]
+    assert diagnose(peft(), truncated) == []
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})  # the remedy
+    encoded = [tokenizer(text) for text in ("a b c d e", "b c")]
+    assert diagnose(peft(), DataCollatorForLanguageModeling(tokenizer, mlm=False)(encoded)) == []
+    # Texts without EOS, padded with it: the padding is no end of a text, however it is masked.
+    encoded = [{key: values[:-1] for key, values in row.items()} for row in encoded]
+    tokenizer.pad_token = "</s>"
+    assert diagnose(peft(), DataCollatorForLanguageModeling(tokenizer, mlm=False)(encoded)) == []
+
+
+def test_reentrant_checkpointing_cuts_the_adapter_off():
+    model = peft(modules_to_save=["lm_head"])
+    model.config.use_cache = False
+    for layer in model.get_decoder().layers:  # checkpointing by hand, without transformers' hook on the embedding
+        layer.forward = checkpointed_by_hand(layer.forward)
+    model(**make_batch()).loss.backward()  # no error: lm_head gets its gradient
+    finding = only(diagnose(model), "no-gradient")
+    model.zero_grad()
+    assert diagnose(model, make_batch()) == [finding]
+    assert "enable_input_require_grads" in finding.remedy
+    assert "q_proj.lora_A" in finding.message
+    assert "lm_head" not in finding.message
+    assert "and 5 more" in finding.message
+    model.enable_input_require_grads()
+    assert diagnose(model, make_batch()) == []
+
+
+def checkpointed_by_hand(forward):
+    return lambda hidden, **options: checkpoint(partial(forward, **options), hidden, use_reentrant=True)
+
+
+def test_reentrant_checkpointing_leaves_no_graph_at_all():
+    base = llama()
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model = get_peft_model(base, lora()).train()
+    batch = make_batch()
+    assert diagnose(model, batch) == []
+    batch["inputs_embeds"] = base.get_input_embeddings()(batch.pop("input_ids")).detach()
+    finding = only(diagnose(model, batch), "no-gradient")
+    assert "and 5 more" in finding.message
+
+
+def test_dead_adapters():
+    off = peft(lora_alpha=0)
+    dropped = peft(lora_dropout=1.0)
+    both = peft()
+    for name, parameter in both.named_parameters():
+        if "lora_A" in name:
+            torch.nn.init.zeros_(parameter)
+    frozen = peft()
+    for name, parameter in frozen.named_parameters():
+        if "lora_B" in name:
+            parameter.requires_grad_(False)
+    for model, halves in ((off, "B"), (dropped, "B"), (both, "AB"), (frozen, "A")):
+        message = only(diagnose(model, make_batch()), "zero-gradient").message
+        assert [half for half in "AB" if f"lora_{half}" in message] == list(halves)
+
+
+def test_loss_scaled_to_infinity():
+    model = peft()
+    (model(**make_batch()).loss * 1e39).backward()
+    assert "lora_B" in only(diagnose(model), "non-finite-gradient").message
+
+
+def test_diverged_weights():
+    model = peft()
+    step(model, adamw(model, lr=1e25), times=3)
+    only(diagnose(model, make_batch(), adamw(model)), "non-finite-gradient")
+
+
+def test_several_faults_at_once_come_in_a_fixed_order():
+    base = llama()
+    optimizer = torch.optim.AdamW(base.parameters(), lr=0.0)
+    model = get_peft_model(base, lora(lora_alpha=0, target_modules=["q_proj", "p_proj"]))
+    base.gradient_checkpointing_enable()
+    base.lm_head.weight.requires_grad_(True)
+    model(**make_batch()).loss.backward()
+    assert codes(model.eval(), make_batch(), optimizer) == [
+        "base-trainable",
+        "partial-targets",
+        "checkpointing-inactive",
+        "not-in-optimizer",
+        "lr-zero",
+        "leftover-gradients",
+        "zero-gradient",
+    ]
+
+
+# Read-only
+
+
+def snapshot(model, optimizer):
+    return copy.deepcopy(
+        {
+            "state": model.state_dict(),
+            "other buffers": dict(model.named_buffers()),
+            "modes": {name: module.training for name, module in model.named_modules()},
+            "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+            "optimizer": optimizer.state_dict(),
+            "random": (torch.get_rng_state(), random.getstate()),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "grad mode": torch.is_grad_enabled(),
+        }
+    )
+
+
+def same(one, two):
+    if isinstance(one, torch.Tensor):
+        return one.dtype == two.dtype and torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two
+
+
+class Counting(torch.nn.Module):
+    """Stands for modules with state, such as BatchNorm: it changes a buffer in place, and replaces another."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("calls", torch.zeros(3))
+        self.register_buffer("last", torch.zeros(3), persistent=False)
+
+    def forward(self, *inputs, **options):
+        self.calls += 1
+        self.last = torch.ones(5)
+        if self.calls[0] < 0:
+            raise ArithmeticError("in the forward pass")
+        return self.inner(*inputs, **options)
+
+
+@pytest.mark.parametrize("fails", [None, "forward", "backward"])
+@pytest.mark.parametrize(
+    "build", [lambda: peft(lora_dropout=0.3), full, checkpointed], ids=["lora", "full", "checkpointed"]
+)
+def test_leaves_everything_as_it_was(build, fails):
+    model, batch = build(), make_batch()
+    decoder = model.get_decoder()
+    decoder.norm = Counting(decoder.norm)
+    optimizer = adamw(model)
+    step(model, optimizer)
+    model(**batch).loss.backward()
+    decoder.layers[0].mlp.eval()
+    if fails == "forward":
+        decoder.norm.calls.fill_(-9)
+    if fails == "backward":
+        decoder.norm.register_full_backward_hook(lambda *_: 1 / 0)
+    grads = [p.grad for p in model.parameters()]
+    values = [None if grad is None else grad.clone() for grad in grads]
+    buffers = [id(buffer) for buffer in model.buffers()]
+    before, kept = snapshot(model, optimizer), copy.deepcopy(batch)
+    pending = model.eval()(**batch).loss if fails is None else None  # its graph must stay usable
+    if pending is not None:
+        before = snapshot(model, optimizer)
+        buffers = [id(buffer) for buffer in model.buffers()]
+    with torch.set_grad_enabled(fails != "forward"):
+        before["grad mode"] = torch.is_grad_enabled()
+        if fails:
+            with pytest.raises(ArithmeticError):
+                diagnose(model, batch, optimizer)
+        else:
+            assert "leftover-gradients" in codes(model, batch, optimizer)
+        assert same(before, snapshot(model, optimizer))
+    assert [id(buffer) for buffer in model.buffers()] == buffers
+    assert [p.grad for p in model.parameters()] == grads or all(
+        p.grad is grad for p, grad in zip(model.parameters(), grads, strict=True)
+    )
+    assert same(values, [p.grad for p in model.parameters()])
+    assert same(batch, kept)
+    if pending is not None:
+        pending.backward()
+
+
+def test_static_checks_run_no_pass():
+    model = peft()
+    model.forward = None
+    assert diagnose(model) == []
+
+
+def test_works_under_no_grad_and_on_models_without_a_config():
+    with torch.no_grad():
+        assert diagnose(peft(), make_batch()) == []
+    assert diagnose(torch.nn.Linear(2, 2)) == []
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_leaves_the_cuda_random_state_as_it_was():
+    model = peft(lora_dropout=0.3).cuda()
+    optimizer = adamw(model)
+    before = snapshot(model, optimizer)
+    assert diagnose(model, make_batch(), optimizer) == []
+    assert same(before, snapshot(model, optimizer))

@@ -1,0 +1,109 @@
+"""The files around the package say the same as the package."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import helpers
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+# Colab's published freeze list of 2026-08-19, GPU runtime: what must not be re-installed there.
+COLAB = {
+    "torch": "2.11.0",
+    "transformers": "5.15.0",
+    "peft": "0.20.0",
+    "accelerate": "1.14.0",
+    "datasets": "4.0.0",
+    "numpy": "2.1.3",
+    "matplotlib": "3.10.0",
+    "ipywidgets": "7.7.1",
+    "psutil": "5.9.5",
+}
+
+
+def test_environment_yml_only_brings_python_and_pip():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    python, pip, by_pip = environment["dependencies"]
+    assert pip == "pip"
+    assert by_pip == {"pip": ["-e .[lab,test]"]}
+    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"lab", "test"}
+    assert python.removeprefix("python").split(",")[0] == PYPROJECT["project"]["requires-python"]
+    assert environment["name"] == PYPROJECT["project"]["name"]
+
+
+def test_colab_satisfies_the_lower_bounds():
+    requirements = {r.name: r for r in map(Requirement, PYPROJECT["project"]["dependencies"])}
+    for name, version in COLAB.items():
+        assert requirements[name].specifier.contains(version), name
+
+
+def test_every_import_is_declared():
+    declared = {Requirement(line).name for line in PYPROJECT["project"]["dependencies"]}
+    declared |= {"helpers", "ipykernel", "jupyter_client"}  # the last two: doctor looks whether they are there
+    for path in (ROOT / "helpers").rglob("*.py"):
+        for name in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), flags=re.M):
+            assert name in declared | sys.stdlib_module_names, f"{path.name} imports {name}"
+
+
+def test_helpers_modules_are_small_and_keep_their_privates():
+    for path in (ROOT / "helpers").rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert len(source.splitlines()) <= 260, path.name
+        assert not re.search(r"from helpers[.\w]* import [^\n]*\b_[a-z]", source), path.name
+
+
+@pytest.mark.parametrize("command", ["pip install -e .[lab,test]", "pytest", "ruff check .", "ruff format --check ."])
+def test_ci_runs_the_commands_of_the_readme(command):
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace('"', "")
+    assert command in script
+    assert command in README.replace('"', "")
+
+
+def test_the_readme_lists_every_notebook():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert f"(notebooks/{path.name})" in README
+    for link in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == helpers.__version__
+    assert citation["repository-code"] == PYPROJECT["project"]["urls"]["Repository"]
+    assert citation["license"] == PYPROJECT["project"]["license"]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_have_least_permission_and_pinned_actions(path):
+    text = path.read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {}
+    for job in workflow["jobs"].values():
+        assert job["permissions"] == {"contents": "read"}
+        assert job["timeout-minutes"] <= 120
+    for action in re.findall(r"uses: (\S+)", text):
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action), action
+
+
+def test_the_bug_report_asks_for_the_doctor():
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug_report.yml").read_text(encoding="utf-8"))
+    asked = [field for field in form["body"] if "python -m helpers doctor" in str(field)]
+    assert any(field.get("validations", {}).get("required") for field in asked)
+
+
+def test_the_package_ships_tiny(tmp_path):
+    """What a plain (not editable) install gets: the built package has the model's files in it."""
+    command = [sys.executable, "-c", "from setuptools import setup; setup()", "-q", "build_py", "-d", str(tmp_path)]
+    command += ["egg_info", "-e", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    shipped = {path.name for path in (ROOT / "helpers" / "assets" / "tiny").iterdir()}
+    assert {path.name for path in (tmp_path / "helpers" / "assets" / "tiny").iterdir()} == shipped
