@@ -147,7 +147,7 @@ def _check_model(model: nn.Module) -> Iterator[tuple[str, str]]:
     coarse = {name: p.dtype for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)}
     if low := [name for name in trainable if _in_adapter(name) and name in coarse]:
         yield "low-precision-adapter", f"small updates are rounded away in {coarse[low[0]]}: {_listed(low)}"
-    if unmatched := [t for name, config in configs.items() for t in _unmatched(adapter, name, config)]:
+    if unmatched := sorted({name for config in configs.values() for name in _unmatched(adapter, config)}):
         yield "partial-targets", f"target_modules has names that matched no layer: {_listed(unmatched)}"
     idle = [name for name, m in model.named_modules() if vars(m).get("gradient_checkpointing") and not m.training]
     if idle:
@@ -250,13 +250,13 @@ def _in_adapter(name: str) -> bool:
     return any(part.startswith("lora_") for part in name.split("."))
 
 
-def _unmatched(adapter: Iterable[str], adapter_name: str, config: object) -> list[str]:
-    """Return the names in a LoraConfig's target_modules that end no name of a layer with this adapter."""
+def _unmatched(adapter: Iterable[str], config: object) -> list[str]:
+    """Return the names in a LoraConfig's target_modules that are the end of no adapted layer's name."""
     targets = getattr(config, "target_modules", None)
     if str(getattr(config, "peft_type", "")).rpartition(".")[2] != "LORA" or not targets or isinstance(targets, str):
         return []
-    layers = {name.partition(".lora_")[0] for name in adapter if adapter_name in name.partition(".lora_")[2].split(".")}
-    return sorted(t for t in targets if layers and not any(f".{layer}".endswith(f".{t}") for layer in layers))
+    layers = {name.partition(".lora_")[0] for name in adapter}
+    return [target for target in targets if layers and not any(f".{layer}".endswith(f".{target}") for layer in layers)]
 
 
 def _eos_ids(model: nn.Module) -> set[int]:

@@ -63,8 +63,11 @@ def load_base(
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": device}}
     source = _source(name)
-    with _no_progress_bar():
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    try:
+        with _no_progress_bar():
+            model = AutoModelForCausalLM.from_pretrained(source, **options)
+    except OSError as error:  # transformers does not always name the model
+        raise OSError(f"cannot load {name!r}: {error}") from error
     return model if quantization is not None else model.to(device)
 
 

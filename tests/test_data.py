@@ -3,13 +3,13 @@
 import hashlib
 import json
 
+from helpers import data
+from helpers.models import load_tokenizer
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from helpers import data
-from helpers.models import load_tokenizer
 
 SPLITS = ("train", "validation", "test")
 

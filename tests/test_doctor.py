@@ -6,13 +6,13 @@ import subprocess
 import sys
 from importlib import metadata
 
-import pytest
-import torch
-
 from helpers import doctor as doctor_module
 from helpers.__main__ import main
 from helpers.doctor import doctor, requirements
 from helpers.hardware import profile
+
+import pytest
+import torch
 
 CHECKS = ["python", "torch device", "bitsandbytes backend", "adapter", "disk", "model cache", "notebook kernel"]
 
@@ -56,8 +56,8 @@ def _versions(**fake):
     ("provoke", "check", "message"),
     [
         (lambda m, p: m.setattr(doctor_module.metadata, "version", _versions(peft="0.9")), "peft", "0.9 is older than"),
-        (lambda m, p: m.setattr(doctor_module.metadata, "version", _versions(gguf=None)), "gguf", "not installed; `python"),
-        (lambda m, p: m.setattr(doctor_module.sys, "version_info", (3, 9, 1)), "python", "install Python 3.11 or newer"),
+        (lambda m, p: m.setattr(doctor_module.metadata, "version", _versions(gguf=None)), "gguf", "not installed;"),
+        (lambda m, p: m.setattr(doctor_module.sys, "version_info", (3, 9, 1)), "python", "install Python 3.11"),
         (
             lambda m, p: m.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 10**8)),
             "disk",

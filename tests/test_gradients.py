@@ -327,9 +327,11 @@ def test_misspelled_target():
 
 def test_misspelled_target_of_a_second_adapter():
     model = peft()
-    model.add_adapter("second", lora(target_modules=["q_porj", "v_proj", "layers.0.self_attn.k_proj", "own_proj"]))
+    model.add_adapter("second", lora(target_modules=["q_porj", "v_proj", "layers.0.self_attn.k_proj", "proj"]))
     model.set_adapter("second")
-    assert only(diagnose(model), "partial-targets").message.endswith(": own_proj, q_porj")
+    assert only(diagnose(model), "partial-targets").message.endswith(": proj, q_porj")
+    model = model.merge_and_unload()
+    assert "partial-targets" not in codes(model)  # there is no adapter left
 
 
 def test_checkpointing_in_eval_mode():

@@ -3,14 +3,14 @@
 import json
 import math
 
+from helpers import data, evaluation, models, training
+from helpers.hardware import profile
+from helpers.pretrain_tiny import held_out_perplexity
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, set_seed
-
-from helpers import data, evaluation, models, training
-from helpers.hardware import profile
-from helpers.pretrain_tiny import held_out_perplexity
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -6,11 +6,11 @@ import re
 import subprocess
 import sys
 
-import pytest
-
 from helpers import data, models
 from helpers.pretrain_tiny import HELD_OUT_SEED, SEED
 from helpers.small_world import TASK_KEYS, documents
+
+import pytest
 
 SPLITS = ("train", "validation", "test")
 

@@ -2,15 +2,15 @@
 
 import re
 
+from helpers import data, evaluation, training
+from helpers.hardware import Profile, profile
+from helpers.models import load_base, load_tokenizer
+
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from helpers import data, evaluation, training
-from helpers.hardware import Profile, profile
-from helpers.models import load_base, load_tokenizer
 
 
 @pytest.fixture
@@ -24,7 +24,9 @@ def run(tmp_path):
         settings = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 2} | overrides
         arguments = training.training_arguments(profile(), tmp_path / "run", **settings)
         encoded = data.encode(data.load_commands("train").select(range(rows)), tokenizer)
-        held_out = data.encode(data.load_commands("validation").select(range(eval_rows)), tokenizer) if eval_rows else None
+        held_out = None
+        if eval_rows:
+            held_out = data.encode(data.load_commands("validation").select(range(eval_rows)), tokenizer)
         return training.build_trainer(model, arguments, tokenizer, encoded, held_out, **(options or {}))
 
     return build
