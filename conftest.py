@@ -17,7 +17,6 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the notebooks' kernels inherit it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["MPLBACKEND"] = "agg"
 
 _smollm2: list[Path | str] = []  # the folder, or why there is none; asked for once
 
