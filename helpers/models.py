@@ -32,7 +32,7 @@ def load_base(
     """Load a base model for fine-tuning: safetensors weights only, and never code from the model's folder.
 
     Args:
-        name: "tiny" (0.9M parameters, in the package), "smollm2-135m" (SmolLM2-135M-Instruct, fetched on first use,
+        name: "tiny" (0.95M parameters, in the package), "smollm2-135m" (SmolLM2-135M-Instruct, fetched on first use,
             see `helpers.fetch`), a folder, or the id of a model on the Hugging Face hub.
         quantization: None, or "nf4" for 4-bit NormalFloat weights with double quantization as in QLoRA, or a
             BitsAndBytesConfig of your own.
