@@ -89,6 +89,44 @@ def test_precision_follows_the_profile(device, dtype, flags, monkeypatch):
     assert {key: arguments[key] for key in flags} == flags
 
 
+@pytest.mark.parametrize("train", [training.train_pytorch, training.train_accelerate])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"optim": "sgd"}, "optim=sgd: this loop does not do that; change it, or use helpers.training.build_trainer"),
+        ({"eval_strategy": "epoch"}, "eval_strategy=epoch"),
+        ({"save_strategy": "steps"}, "save_strategy=steps"),
+        ({"report_to": "tensorboard"}, "report_to="),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1},
+            "lr_scheduler_type=",
+        ),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy=group_by_length"),
+        ({"accelerator_config": {"use_seedable_sampler": False}}, "accelerator_config="),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last=True"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
+        ({"full_determinism": True}, "full_determinism=True"),
+        ({"gradient_checkpointing": True}, "_checkpointing=True"),
+        ({"resume_from_checkpoint": "there"}, "resume_from_checkpoint=there"),
+        ({"optim": "adafactor", "label_smoothing_factor": 0.2}, "label_smoothing_factor=0.2, optim=adafactor"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_the_loops_refuse_what_only_the_trainer_does(train, overrides, message, tmp_path):
+    arguments = training.training_arguments(profile(), tmp_path, **overrides)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(None, arguments, None, None)  # before anything is touched
+
+
+@pytest.mark.parametrize("train", [training.train_pytorch, training.train_accelerate])
+def test_fp16_without_cuda_is_refused(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_LAB_DEVICE", "cpu")
+    with pytest.raises(ValueError, match="fp16=True needs CUDA"):
+        train(None, training.training_arguments(profile(), tmp_path, fp16=True), None, None)
+
+
 def test_tensorboard_reads_what_was_logged(run, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     trainer = run(report_to="tensorboard")
