@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ipywidgets
 from matplotlib.figure import Figure
@@ -12,8 +13,8 @@ from matplotlib.figure import Figure
 
 def explore(
     draw: Callable[..., str],
-    values: Mapping[str, Sequence[float]],
-    start: Mapping[str, float],
+    values: Mapping[str, Sequence[Any]],
+    start: Mapping[str, Any],
     labels: Mapping[str, str] | None = None,
     figsize: tuple[float, float] = (6.0, 3.0),
 ) -> ipywidgets.VBox:
@@ -24,7 +25,7 @@ def explore(
 
     Args:
         draw: called as `draw(ax=ax, **chosen)` with fresh Axes; returns one sentence that says what the figure shows.
-        values: for each parameter, the values its slider steps through.
+        values: for each parameter, the values its slider steps through, numbers or words.
         start: for each parameter, the value to start with; one of `values`.
         labels: what to write beside a slider; the parameter's name by default.
         figsize: in inches.
