@@ -40,7 +40,8 @@ def load_base(
         device: where to put it. Default: the hardware profile's.
 
     Returns:
-        The model, in eval mode, as transformers loads it.
+        The model, in eval mode, as transformers loads it. One thing is added to a 4-bit model: it can be trained after
+        it has been used in eval mode, which bitsandbytes by itself prevents on some CPUs.
 
     Raises:
         ValueError: `quantization` is not one of the above.
@@ -68,7 +69,10 @@ def load_base(
             model = AutoModelForCausalLM.from_pretrained(source, **options)
     except OSError as error:  # transformers does not always name the model
         raise OSError(f"cannot load {name!r}: {error}") from error
-    return model if quantization is not None else model.to(device)
+    if quantization is None:
+        return model.to(device)
+    _never_repack(model)
+    return model
 
 
 def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
@@ -83,14 +87,28 @@ def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _never_repack(model: PreTrainedModel) -> None:
+    """Have bitsandbytes (0.49 and newer) leave 4-bit weights as they are.
+
+    On a CPU with AVX512-BF16 its `Linear4bit` in eval mode repacks its weights in place, for faster inference in bf16,
+    and rounds their block scales to bf16. The packed format has no backward pass: training that follows an evaluation
+    gets no gradient through these layers. Calling `state_dict()` unpacks them, but the scales stay rounded.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 @contextlib.contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """Hide the bar "Loading weights", which is gone in a second. Downloads from a hub have their own, which stays."""
+    was_on = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.enable_progress_bar()
+        if was_on:
+            transformers_logging.enable_progress_bar()
 
 
 def _source(name: str) -> str:

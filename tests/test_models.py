@@ -7,10 +7,12 @@ from helpers import data, evaluation, models, training
 from helpers.hardware import profile
 from helpers.pretrain_tiny import held_out_perplexity
 
+import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, set_seed
+from transformers.utils import logging as transformers_logging
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -81,6 +83,87 @@ def test_quantization_keeps_the_model_usable(quantization, tokenizer):
     assert held_out_perplexity(four_bit, tokenizer, count=40) < 1.5 * held_out_perplexity(
         models.load_base("tiny"), tokenizer, count=40
     )
+
+
+def _gradient(model, batch):
+    """The adapter's gradient in one vector."""
+    model.train()
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def _evaluate(model, batch):
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def _allow_repacking(model):
+    for layer in (module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)):
+        layer.support_avx512bf16_for_cpu = True
+
+
+@pytest.fixture
+def four_bit_with_adapter(tokenizer):
+    """tiny in NF4 on the CPU, with an adapter that is not zero, and a batch."""
+    model = models.load_base("tiny", quantization="nf4", device="cpu")
+    model = get_peft_model(model, LoraConfig(r=8, target_modules=LINEAR, init_lora_weights=False))
+    return model, data.Collator(tokenizer)(list(data.encode(data.load_commands("test").select(range(4)), tokenizer)))
+
+
+def test_an_evaluation_leaves_a_four_bit_model_trainable(four_bit_with_adapter):
+    model, batch = four_bit_with_adapter
+    before = _gradient(model, batch)
+    _evaluate(model, batch)
+    assert torch.equal(_gradient(model, batch), before)
+
+
+def test_four_bit_weights_are_not_repacked_on_a_cpu_that_could(four_bit_with_adapter, monkeypatch):
+    """The same on every CPU: bitsandbytes believes that this one has AVX512-BF16, and says when it would repack."""
+    model, batch = four_bit_with_adapter
+    repacked = []
+
+    def repack(weight, state):
+        repacked.append(weight)
+        return weight, state
+
+    modules = bitsandbytes.nn.modules
+    if not hasattr(modules, "_convert_weight_packed_for_cpu"):
+        pytest.skip("this version of bitsandbytes does not repack weights")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(modules, "_convert_weight_packed_for_cpu", repack)
+    assert modules.Linear4bit(64, 64).support_avx512bf16_for_cpu
+    model = models.load_base("tiny", quantization="nf4", device="cpu")
+    _evaluate(model, batch)
+    assert not repacked
+    _allow_repacking(model)
+    _evaluate(model, batch)
+    assert len(repacked) == 28
+
+
+@pytest.mark.skipif(not bitsandbytes.functional.has_avx512bf16(), reason="needs a CPU with AVX512-BF16")
+def test_what_repacking_does(four_bit_with_adapter):
+    """The reason for it all, should bitsandbytes mend it: no gradient through the base, and coarser block scales."""
+    model, batch = four_bit_with_adapter
+    before = _gradient(model, batch)
+    _allow_repacking(model)
+    _evaluate(model, batch)
+    assert (_gradient(model, batch) - before).norm() > 0.5 * before.norm()
+    model.state_dict()  # unpacks
+    error = (_gradient(model, batch) - before).norm() / before.norm()
+    assert 1e-4 < error < 0.05
+
+
+def test_the_progress_bar_stays_off_where_it_was_off():
+    assert transformers_logging.is_progress_bar_enabled()
+    models.load_base("tiny")
+    assert transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        models.load_base("tiny")
+        assert not transformers_logging.is_progress_bar_enabled()
+    finally:
+        transformers_logging.enable_progress_bar()
 
 
 def test_an_unknown_quantization_is_refused():
