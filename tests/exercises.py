@@ -1,10 +1,11 @@
-"""The functions of a notebook's exercise and solution cells, for the tests of its checks."""
+"""What the tests of the exercise checks share: the notebook's own functions, and the line that a check prints."""
 
 import ast
 import math
 from pathlib import Path
 
 import nbformat
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -30,3 +31,21 @@ def exercise_functions(notebook):
     assert list(stubs) == list(solutions)
     assert len(stubs) >= 3
     return stubs, solutions
+
+
+def said(checks, capsys, name, function):
+    """Return what the check of this name prints about a function: one line. Nothing else may be changed by it."""
+    function.__name__ = name
+    state = torch.get_rng_state()
+    getattr(checks, name)(function)
+    assert torch.equal(torch.get_rng_state(), state), "the check leaves other random numbers behind"
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{name}: "), printed
+    assert printed.count("\n") == 1, printed
+    return printed
+
+
+def each_wrong_answer(wrong):
+    """Parametrize a test over rows of (name of the exercise, wrong answer, a part of the hint that it should get)."""
+    ids = [f"{name}-{number}" for number, (name, _, _) in enumerate(wrong)]
+    return pytest.mark.parametrize(("name", "function", "hint"), wrong, ids=ids)

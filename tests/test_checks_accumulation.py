@@ -1,15 +1,17 @@
 """The checks of notebook 03: the solution passes, the stub does not, and each mistake gets its hint."""
 
 import math
+from functools import partial
 
 from helpers.checks import accumulation as checks
 
 import pytest
 import torch
-from exercises import exercise_functions
+from exercises import each_wrong_answer, exercise_functions, said
 from torch.nn import functional as F
 
 STUBS, SOLUTIONS = exercise_functions("03_gradient_accumulation")
+_said = partial(said, checks)
 
 
 # number_of_updates(examples, micro_batch, steps, epochs)
@@ -275,23 +277,13 @@ WRONG = [
 ]
 
 
-def _said(capsys, name, function):
-    function.__name__ = name
-    getattr(checks, name)(function)
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 1
-    return printed
-
-
 @pytest.mark.parametrize("name", SOLUTIONS)
 def test_the_solution_passes_and_the_stub_does_not(name, capsys):
     assert _said(capsys, name, SOLUTIONS[name]).startswith(f"{name}: correct.")
     assert _said(capsys, name, STUBS[name]).startswith(f"{name}: not written yet.")
 
 
-@pytest.mark.parametrize(
-    ("name", "function", "hint"), WRONG, ids=[f"{name}-{number}" for number, (name, _, _) in enumerate(WRONG)]
-)
+@each_wrong_answer(WRONG)
 def test_a_mistake_gets_its_hint(name, function, hint, capsys):
     printed = _said(capsys, name, function)
     assert printed.startswith(f"{name}: not yet. ")

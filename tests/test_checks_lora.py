@@ -7,7 +7,7 @@ from helpers.checks import lora as checks
 
 import pytest
 import torch
-from exercises import exercise_functions
+from exercises import exercise_functions, said
 from torch import nn
 
 STUBS, SOLUTIONS = exercise_functions("01_lora_math")
@@ -177,33 +177,21 @@ def test_every_exercise_is_tested():
     assert all(callable(getattr(checks, name)) for name in STUBS)
 
 
-def run(name, function, capsys):
-    """Return the one line that the check prints."""
-    function.__name__ = name
-    state = torch.get_rng_state()
-    getattr(checks, name)(function)
-    assert torch.equal(torch.get_rng_state(), state)
-    text = capsys.readouterr().out
-    assert text.startswith(f"{name}: ")
-    assert text.count("\n") == 1
-    return text
-
-
 @pytest.mark.parametrize("name", list(WRONG))
 def test_the_solution_passes_and_the_stub_does_not(name, capsys):
-    assert ": correct. " in run(name, SOLUTIONS[name], capsys)
-    assert ": not written yet. " in run(name, STUBS[name], capsys)
+    assert ": correct. " in said(checks, capsys, name, SOLUTIONS[name])
+    assert ": not written yet. " in said(checks, capsys, name, STUBS[name])
 
 
 @pytest.mark.parametrize(("name", "number"), [(name, i) for name, right in RIGHT.items() for i in range(len(right))])
 def test_other_right_answers_pass(name, number, capsys):
-    assert ": correct. " in run(name, RIGHT[name][number], capsys)
+    assert ": correct. " in said(checks, capsys, name, RIGHT[name][number])
 
 
 @pytest.mark.parametrize(
     ("name", "wrong", "hint"), [(name, *case) for name, cases in WRONG.items() for case in cases.items()]
 )
 def test_a_wrong_answer_gets_its_hint(name, wrong, hint, capsys):
-    line = run(name, wrong, capsys)
+    line = said(checks, capsys, name, wrong)
     assert f"{name}: not yet. " in line
     assert re.search(hint, line), line

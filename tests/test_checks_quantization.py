@@ -1,12 +1,15 @@
 """The checks of notebook 07: the solution passes, the stub does not, and each mistake gets its hint."""
 
+from functools import partial
+
 from helpers.checks import quantization as checks
 
 import pytest
 import torch
-from exercises import exercise_functions
+from exercises import each_wrong_answer, exercise_functions, said
 
 STUBS, SOLUTIONS = exercise_functions("07_quantization")
+_said = partial(said, checks)
 
 
 # quantize_int8(x, block_size)
@@ -264,23 +267,13 @@ WRONG = [
 ]
 
 
-def _said(capsys, name, function):
-    function.__name__ = name
-    getattr(checks, name)(function)
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 1
-    return printed
-
-
 @pytest.mark.parametrize("name", SOLUTIONS)
 def test_the_solution_passes_and_the_stub_does_not(name, capsys):
     assert _said(capsys, name, SOLUTIONS[name]).startswith(f"{name}: correct.")
     assert _said(capsys, name, STUBS[name]).startswith(f"{name}: not written yet.")
 
 
-@pytest.mark.parametrize(
-    ("name", "function", "hint"), WRONG, ids=[f"{name}-{number}" for number, (name, _, _) in enumerate(WRONG)]
-)
+@each_wrong_answer(WRONG)
 def test_a_mistake_gets_its_hint(name, function, hint, capsys):
     printed = _said(capsys, name, function)
     assert printed.startswith(f"{name}: not yet. ")
