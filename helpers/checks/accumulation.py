@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from types import SimpleNamespace
 
-from helpers.checks.base import Hint, check
+from helpers.checks.base import Hint, check, compare
 from helpers.data import IGNORE_INDEX
 
 import torch
@@ -100,7 +100,7 @@ def window_loss(answer: Callable[[list[Tensor], list[Tensor]], Tensor]) -> None:
             ]
         right = sum(sums) / sum(counts)
         otherwise = f"On our window it should be {right:.4f}, and it is {result:.4f}."
-        _compare(result.detach(), right, mistakes, otherwise)
+        compare(result.detach(), right, mistakes, otherwise)
         if not result.requires_grad:
             raise Hint("The number is right, but it is cut off from the logits: leave out .item() and .detach().")
 
@@ -146,7 +146,7 @@ def train_epoch(answer: Callable[[nn.Module, list[Batch], torch.optim.Optimizer,
             raise Hint(
                 "Only the last micro-batch of the window is left in .grad: call zero_grad() once for each window."
             )
-        _compare(seen[0], right[0], first, "Update 1 does not get the gradient of its window, taken as one batch.")
+        compare(seen[0], right[0], first, "Update 1 does not get the gradient of its window, taken as one batch.")
         if len(seen) == 4 and torch.allclose(seen[1], right[1]):
             if torch.allclose(seen[2], right[0] + right[2]):
                 fate = "is not stepped, and its gradients leak into the first update of the next epoch"
@@ -164,7 +164,7 @@ def train_epoch(answer: Callable[[nn.Module, list[Batch], torch.optim.Optimizer,
         ]
         for number, gradient in enumerate(seen):
             otherwise = f"Update {number + 1} of 6 does not get the gradient of its window, taken as one batch."
-            _compare(gradient, right[number % 3], later, otherwise)
+            compare(gradient, right[number % 3], later, otherwise)
         if returned != [3, 3]:
             raise Hint(f"The updates are right. Return their number, which is 3; it returns {returned[0]!r}.")
 
@@ -191,7 +191,7 @@ def accelerate_loss(answer: Callable[[Tensor, int, int, int], Tensor]) -> None:
             (right * tokens, "Divide by the label tokens of the window."),
         ]
         otherwise = f"For a sum of 12, 40 tokens, 4 steps and 1 process it is {right[0]:.2f}, not {result[0]:.2f}."
-        _compare(result, right, mistakes, otherwise)
+        compare(result, right, mistakes, otherwise)
 
     check(answer, test, "After both divisions each label token of the window has the same weight.")
 
@@ -250,11 +250,3 @@ def _divisors(batches: list[Batch]) -> list[tuple[int, str]]:
 
 def _flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
-
-
-def _compare(result: Tensor, right: Tensor, mistakes: list[tuple[Tensor, str]], otherwise: str) -> None:
-    """Raise the hint of the mistake whose result this is, or `otherwise`, unless the result is right."""
-    if torch.allclose(result, right.to(result.dtype), rtol=1e-5):
-        return
-    close = (hint for wrong, hint in mistakes if torch.allclose(result, wrong.to(result.dtype), rtol=1e-5))
-    raise Hint(next(close, otherwise))

@@ -33,3 +33,22 @@ def check(function: Callable[..., object], test: Callable[[], None], learned: st
         print(f"{name}: correct. {learned}")
     finally:
         torch.set_rng_state(random_state)
+
+
+def compare(
+    result: torch.Tensor, right: torch.Tensor, mistakes: list[tuple[torch.Tensor, str]], otherwise: str
+) -> None:
+    """Raise `Hint` unless a result is right, to a relative 1e-5: with the hint of the mistake whose result this is.
+
+    Args:
+        result: the learner's, detached, of a shape that goes with `right`.
+        right: the right result.
+        mistakes: what likely mistakes give, each with its hint; the first that agrees is named.
+        otherwise: the hint where none agrees.
+    """
+
+    def agrees(other: torch.Tensor) -> bool:
+        return torch.allclose(result.double(), other.double(), rtol=1e-5)
+
+    if not agrees(right):
+        raise Hint(next((hint for wrong, hint in mistakes if agrees(wrong)), otherwise))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from helpers.checks.base import Hint, check
+from helpers.checks.base import Hint, check, compare
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def quantize_int8(answer: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Non
                     "each block. Keep the dimension only for the division."
                 )
             otherwise = f"The absmax of the first block should be {right_absmax[0]:.2f}, and it is {absmax[0]:.2f}."
-            _compare(absmax, right_absmax, absmax_mistakes, otherwise)
+            compare(absmax, right_absmax, absmax_mistakes, otherwise)
             scaled = 127 * blocks / right_absmax[:, None]
             code_mistakes = [
                 (scaled.trunc(), "It cuts off the fraction: .to(torch.int8) rounds towards zero, so round first."),
@@ -78,7 +78,7 @@ def quantize_int8(answer: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Non
                 f"{int(scaled[i, j].round())}, and it says {int(codes[i, j])}. "
                 f"Codes that are off: {int(wrong.sum())} of {codes.numel()}."
             )
-            _compare(codes.float(), scaled.round(), code_mistakes, otherwise)
+            compare(codes, scaled.round(), code_mistakes, otherwise)
         _block_of_zeros(answer)
 
     check(answer, test, "One scale for each block, and each code within half a step of its weight.")
@@ -169,7 +169,7 @@ def nearest_code(answer: Callable[[Tensor, Tensor], Tensor]) -> None:
                 (values[..., None] - midpoints).abs().amin(dim=-1) > 1e-6
             )  # ties go either way
             if wrong.any():
-                _compare(result.float(), right.float(), [(m.float(), hint) for m, hint in mistakes], otherwise)
+                compare(result, right, mistakes, otherwise)
 
     check(answer, test, "Midpoints as borders give the same, without a comparison with every level.")
 
@@ -201,7 +201,7 @@ def bits_double_quantized(answer: Callable[[int, int], float]) -> None:
             (8 + 8 / b + 32 / (b * n), "The code of a weight takes 4 bits, not 8."),
         ]
         otherwise = f"For blocks of 64 and 256 it is {right[0]:.3f}, and it says {result[0]:.3f}."
-        _compare(result, right, mistakes, otherwise)
+        compare(result, right, mistakes, otherwise)
 
     check(answer, test, "Blocks of 64 and 256 take 4.127 bits, 0.373 less than one float32 for each block.")
 
@@ -253,7 +253,7 @@ def pack(answer: Callable[[Tensor], Tensor]) -> None:
             i = int((result != right).int().argmax())
             pair = padded[2 * i : 2 * i + 2].tolist()
             otherwise = f"The codes {pair} make the byte {int(right[i])}, and it says {int(result[i])}."
-            _compare(result, right, mistakes, otherwise)
+            compare(result, right, mistakes, otherwise)
 
     check(answer, test, "Half a byte for each weight, in the order that bitsandbytes stores them.")
 
@@ -270,11 +270,3 @@ def _two_tensors(result: object) -> tuple[Tensor, Tensor]:
     if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, Tensor) for part in result)):
         raise Hint(f"It returns {type(result).__name__}; return two tensors, the codes and the absmax.")
     return result
-
-
-def _compare(result: Tensor, right: Tensor, mistakes: list[tuple[Tensor, str]], otherwise: str) -> None:
-    """Raise the hint of the mistake whose result this is, or `otherwise`, unless the result is right."""
-    if torch.allclose(result.double(), right.double(), rtol=1e-5):
-        return
-    close = (hint for wrong, hint in mistakes if torch.allclose(result.double(), wrong.double(), rtol=1e-5))
-    raise Hint(next(close, otherwise))
