@@ -2,9 +2,11 @@
 
 import ast
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ def exercise_functions(notebook):
             if tag in cell.metadata.get("tags", []):
                 tree = ast.parse(cell.source)
                 tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-                namespace = {"torch": torch, "nn": nn, "F": F, "math": math}
+                namespace = {"torch": torch, "nn": nn, "F": F, "math": math, "np": np, "Callable": Callable}
                 exec(compile(tree, f"{notebook} {tag}", "exec"), namespace)
                 functions |= {node.name: namespace[node.name] for node in tree.body}
         found.append(functions)
