@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from helpers.accumulation import windows
+from helpers.callbacks import DiagnosticsCallback as DiagnosticsCallback
+from helpers.callbacks import LossLines
 from helpers.data import IGNORE_INDEX, Collator
 from helpers.hardware import Profile
 
@@ -21,9 +23,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     get_scheduler,
     set_seed,
@@ -258,22 +257,3 @@ def _updates(
         if label_tokens == 0:
             raise ValueError("a window has no label token; check that truncation leaves part of each completion")
         yield window, label_tokens
-
-
-class LossLines(TrainerCallback):
-    """Print "step 10 of 40: loss 0.52" at every log entry of the Trainer, and the loss of each evaluation."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
-    ) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
-        for key, words in (("loss", "loss"), ("eval_loss", "validation loss")):
-            if key in logs:
-                width = len(str(state.max_steps))
-                print(f"step {state.global_step:{width}d} of {state.max_steps}: {words} {logs[key]:.2f}", flush=True)

@@ -1,6 +1,6 @@
-"""helpers.widgets: the sliders redraw the figure and its sentence, and print nothing."""
+"""helpers.widgets: sliders redraw their figure and sentence, a quiz answers, and both print nothing."""
 
-from helpers.widgets import explore
+from helpers.widgets import explore, quiz
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -51,3 +51,30 @@ def test_sliders_redraw_the_figure_and_the_sentence(capsys):
 def test_a_wrong_start_raises(start, message):
     with pytest.raises(ValueError, match=message):
         explore(lambda ax, height, width: "", VALUES, start=start)
+
+
+def test_a_quiz_says_why_and_prints_nothing(capsys):
+    answers = {"too high": "Then it would jump.", "a < b": "Yes: a < b.", "frozen": "Then it would not fall."}
+    box = quiz("What is <wrong>?", answers, right=1)
+    question, buttons, feedback = box.children
+    assert question.value == "<b>What is &lt;wrong&gt;?</b>"
+    assert isinstance(buttons, ipywidgets.RadioButtons)
+    assert list(buttons.options) == list(answers)
+    assert buttons.value is None
+    assert feedback.value == ""
+    buttons.value = "frozen"
+    assert feedback.value == "<b>Not this one.</b> Then it would not fall."
+    buttons.index = 1  # as a click or the keyboard does
+    assert feedback.value == "<b>Right.</b> Yes: a &lt; b."
+    buttons.value = None
+    assert feedback.value == ""
+    bundle = box._repr_mimebundle_()
+    assert bundle["text/plain"] == "What is <wrong>?\n( ) too high\n( ) a < b\n( ) frozen"
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == box.model_id
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("answers", "right"), [({"a": ""}, 0), ({"a": "", "b": ""}, 2), ({"a": "", "b": ""}, -1)])
+def test_a_quiz_without_a_right_answer_raises(answers, right):
+    with pytest.raises(ValueError, match=f"right={right} with {len(answers)} answers"):
+        quiz("?", answers, right)
