@@ -1,0 +1,31 @@
+"""A folder that is there whole, or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def complete_folder(target: str | Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`, and give it that name when the block has ended without an error.
+
+    Until then it is called "<target>.unfinished", so that a run that fails or is killed leaves nothing that looks
+    finished. A block that raises removes its folder; one that was killed leaves it to the next call.
+
+    Raises:
+        FileExistsError: `target` exists; it is never overwritten.
+    """
+    target = Path(target)
+    if target.exists():
+        raise FileExistsError(f"{target} exists already; remove it, or choose another name")
+    unfinished = target.with_name(f"{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
