@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
 # Cells whose output depends on the machine. Raise a number only for a reason; the total is meant to stay small.
-UNCOMPARED_CELLS = {"00_start_here": 1, "08_qlora": 1}
+UNCOMPARED_CELLS = {"00_start_here": 1, "08_qlora": 1, "09_memory_and_speed": 2, "12_your_own_data": 1}
 
 
 def _read(path):

@@ -1,0 +1,623 @@
+"""helpers.finetune: interrupted in every way and started again, a run ends as if nothing had happened."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+from helpers import data, distributed, finetune
+from helpers.checkpoints import last_complete_checkpoint
+from helpers.hardware import profile
+from helpers.models import load_base, load_tokenizer
+from helpers.runs import DECISIVE, LOCK, SETTINGS, UNSHARDED, claim, record, write_json
+from helpers.training import training_arguments
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from filelock import FileLock
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import deepspeed
+
+# Imports once, then forks the processes of each run, so that none of them pays for the imports and each starts
+# untouched by any training. argv: a folder with data.jsonl. Prints a line of JSON for each scenario.
+DRIVER = """
+import contextlib, gc, io, json, os, shutil, signal, socket, sys, time, traceback
+from pathlib import Path
+from helpers import finetune, models
+import torch
+from transformers import TrainerCallback
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+build_trainer = finetune.training.build_trainer
+
+
+class At(TrainerCallback):
+    "Do something at an event of the Trainer, in one of its updates."
+    def __init__(self, event, step, action):
+        setattr(self, event, lambda args, state, control, **kwargs: action() if state.global_step == step else None)
+
+
+def signalled(signals):
+    "Send this process a signal of its own: {rank: (event, step, signal)}."
+    if (rank := int(os.environ.get("RANK", 0))) in signals:
+        event, step, number = signals[rank]
+        at = At(event, step, lambda: os.kill(os.getpid(), number))
+        finetune.training.build_trainer = lambda *a, callbacks, **k: build_trainer(*a, callbacks=[*callbacks, at], **k)
+
+
+def die_in_the_end(where):
+    "Die while the result is written."
+    write_json = finetune.write_json
+    def write(path, content):
+        if path.name == "metrics.json":
+            if where == "after the metrics":
+                write_json(path, content)
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_json(path, content)
+    finetune.write_json = write
+
+
+def command(name, processes, dropout=0.1):
+    batch = 2 // processes
+    return [
+        "--train", str(folder / "data.jsonl"), "--model", "tiny", "--output_dir", str(folder / name),
+        "--use_cpu", "true", "--max_steps", "6", "--per_device_train_batch_size", str(batch),
+        "--gradient_accumulation_steps", "2", "--logging_steps", "1", "--save_steps", "2", "--lora_r", "4",
+        "--lora_dropout", str(dropout),
+    ]
+
+
+def child(rank, processes, port, patch, arguments, log):
+    if processes > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    code = 99
+    try:
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        if patch:
+            patch()
+        code = finetune.main(arguments)
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def run(name, processes=1, patch=None, arguments=None):
+    "Return what became of each process: its exit code, or minus the signal. A process that hangs is killed: -9."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / f"{name}-{time.monotonic_ns()}.log"
+    children = []
+    for rank in range(processes):
+        if (pid := os.fork()) == 0:
+            child(rank, processes, port, patch, arguments or command(name, processes), log)
+        children.append(pid)
+    codes, until = {}, time.monotonic() + 60
+    while len(codes) < processes:
+        for pid in set(children) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > until:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    where = folder / name
+    print(json.dumps({
+        "name": name, "codes": [codes[pid] for pid in children], "said": log.read_text(),
+        "left": sorted(path.name for path in where.iterdir()),
+    }), flush=True)
+
+
+with contextlib.redirect_stdout(io.StringIO()):
+    models.load_base("tiny")  # nothing is trained in this process; what is compiled once need not be in each child
+gc.freeze()  # a collection in a child would copy all of the parent's memory
+TERM, KILL = signal.SIGTERM, signal.SIGKILL
+run("one")
+run("killed", patch=lambda: signalled({0: ("on_substep_end", 4, KILL)}))
+run("killed")
+run("term", patch=lambda: signalled({0: ("on_step_begin", 2, TERM)}))
+run("term")
+run("term")
+run("early", patch=lambda: signalled({0: ("on_train_begin", 0, TERM)}))
+run("late", patch=lambda: signalled({0: ("on_step_begin", 5, TERM)}))
+for where in ("before the metrics", "after the metrics"):
+    name = where.replace(" ", "-")
+    shutil.copytree(folder / "one", folder / name)
+    shutil.rmtree(folder / name / "final")
+    run(name, patch=lambda: die_in_the_end(where))
+    run(name)
+run("exact", arguments=command("exact", 1, dropout=0))
+run("two", 2, arguments=command("two", 2, dropout=0))
+two = command("two-term", 2, dropout=0)
+run("two-term", 2, lambda: signalled({1: ("on_step_begin", 2, TERM)}), two)  # one process only, in update 3
+shutil.copytree(folder / "two-term", folder / "to-one")
+run("two-term", 2, None, two)
+run("to-one", 1, None, command("to-one", 1, dropout=0))
+apart = {0: ("on_step_begin", 2, TERM), 1: ("on_step_begin", 3, TERM)}  # in updates 3 and 4
+run("two-apart", 2, lambda: signalled(apart), command("two-apart", 2, dropout=0))
+dead = {rank: ("on_substep_end", 4, KILL) for rank in (0, 1)}
+run("two-killed", 2, lambda: signalled(dead), command("two-killed", 2, dropout=0))
+run("two-killed", 2, None, command("two-killed", 2, dropout=0))
+"""
+
+COMMAND = ["--model", "tiny", "--use_cpu", "true", "--max_steps", "6"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_LAB_DEVICE", "cpu")
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+def _write_rows(path, number=10):
+    rows = data.load_commands("train").select(range(number))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Return the folder of all runs, and for each name what became of its starts, in order."""
+    folder = tmp_path_factory.mktemp("finetune")
+    _write_rows(folder / "data.jsonl")
+    command = [sys.executable, "-c", DRIVER, str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr
+    starts = {}
+    for line in done.stdout.splitlines():
+        start = json.loads(line)
+        starts.setdefault(start["name"], []).append(start)
+    return folder, starts
+
+
+def _result(run):
+    metrics = json.loads((run / "final" / "metrics.json").read_text(encoding="utf-8"))
+    losses = [entry["loss"] for entry in metrics["log"] if "loss" in entry]
+    return losses, load_file(run / "final" / "adapter_model.safetensors")
+
+
+def _assert_same_bits(run, other):
+    (losses, adapter), (other_losses, other_adapter) = _result(run), _result(other)
+    assert losses == other_losses
+    assert len(losses) == 6
+    assert adapter.keys() == other_adapter.keys()
+    assert all(torch.equal(adapter[name], other_adapter[name]) for name in adapter)
+
+
+def _assert_close(run, other):
+    (losses, adapter), (other_losses, other_adapter) = _result(run), _result(other)
+    assert losses == pytest.approx(other_losses, abs=1e-6)
+    assert len(losses) == 6
+    for name in adapter:
+        torch.testing.assert_close(adapter[name], other_adapter[name], atol=1e-6, rtol=0)
+
+
+def test_a_run_ends_with_adapter_and_metrics(runs):
+    folder, starts = runs
+    (start,) = starts["one"]
+    assert start["codes"] == [finetune.ENDED]
+    assert start["left"] == [*(f"checkpoint-{n}" for n in (2, 4, 6)), "final", "finetune.json", "finetune.lock"]
+    lines = start["said"].splitlines()
+    assert len(lines) == 7, lines
+    assert lines[-1] == f"ended after 6 updates; the result is in {folder / 'one' / 'final'}"
+    final = {path.name for path in (folder / "one" / "final").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "metrics.json", "tokenizer.json"} <= final
+    assert "training_args.bin" not in final
+    losses, adapter = _result(folder / "one")
+    assert losses[-1] < losses[0]
+    model = PeftModel.from_pretrained(load_base("tiny"), folder / "one" / "final")
+    trained = {name.replace(".default", ""): p for name, p in model.named_parameters() if "lora_" in name}
+    assert all(torch.equal(trained[name], value) for name, value in adapter.items())
+    assert any(value.any() for name, value in adapter.items() if "lora_B" in name)
+
+
+def test_killed_in_a_step_and_started_again(runs):
+    folder, starts = runs
+    killed, again = starts["killed"]
+    assert killed["codes"] == [-signal.SIGKILL]
+    assert "final" not in killed["left"]
+    assert again["codes"] == [finetune.ENDED]
+    assert "step 5 of 6" in again["said"]
+    assert "step 4 of 6" not in again["said"]
+    _assert_same_bits(folder / "killed", folder / "one")
+
+
+def test_sigterm_saves_the_update_and_says_so(runs):
+    folder, starts = runs
+    stopped, again, once_more = starts["term"]
+    assert stopped["codes"] == [finetune.STOPPED] == [143]
+    assert "checkpoint-3" in stopped["left"]
+    assert "final" not in stopped["left"]
+    assert "SIGTERM: checkpoint-3 is saved" in stopped["said"]
+    assert again["codes"] == [finetune.ENDED]
+    assert "step 3 of 6" not in again["said"]
+    _assert_same_bits(folder / "term", folder / "one")
+    assert once_more["codes"] == [finetune.ENDED]
+    assert "has ended already" in once_more["said"]
+
+
+def test_sigterm_before_the_first_update_and_after_the_last(runs):
+    _, starts = runs
+    (early,), (late,) = starts["early"], starts["late"]
+    assert early["codes"] == [finetune.STOPPED]
+    assert "checkpoint-1" in early["left"]
+    assert late["codes"] == [finetune.ENDED]
+    assert "final" in late["left"]
+
+
+@pytest.mark.parametrize("name", ["before-the-metrics", "after-the-metrics"])
+def test_killed_while_the_result_is_written(runs, name):
+    folder, starts = runs
+    killed, again = starts[name]
+    assert killed["codes"] == [-signal.SIGKILL]
+    assert "final" not in killed["left"]
+    assert "final.unfinished" in killed["left"]
+    assert again["codes"] == [finetune.ENDED]
+    assert "final.unfinished" not in again["left"]
+    _assert_same_bits(folder / name, folder / "one")
+
+
+def test_two_processes_give_what_one_gives(runs):
+    folder, starts = runs
+    (start,) = starts["two"]
+    assert start["codes"] == [finetune.ENDED] * 2
+    assert len(start["said"].splitlines()) == 7, start["said"]  # the first process only
+    _assert_close(folder / "two", folder / "exact")
+    metrics = json.loads((folder / "two" / "final" / "metrics.json").read_text(encoding="utf-8"))
+    assert (metrics["processes"], metrics["updates"]) == (2, 6)
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_one_update(runs):
+    folder, starts = runs
+    stopped, again = starts["two-term"]
+    assert stopped["codes"] == [143, 143]
+    assert "checkpoint-3" in stopped["left"]
+    assert "final" not in stopped["left"]
+    assert {path.name for path in (folder / "two-term" / "checkpoint-3").glob("rng*")} == {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
+    assert again["codes"] == [0, 0]
+    assert "step 3 of 6" not in again["said"]
+    _assert_close(folder / "two-term", folder / "two")
+
+
+def test_signals_at_different_times_stop_all_at_the_first(runs):
+    _, starts = runs
+    (stopped,) = starts["two-apart"]
+    assert stopped["codes"] == [143, 143]
+    assert [name for name in stopped["left"] if name.startswith("checkpoint")] == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_run_of_two_processes_goes_on_in_one(runs):
+    folder, starts = runs
+    (start,) = starts["to-one"]
+    assert start["codes"] == [0]
+    assert "has the random state of 2 processes and this run has 1" in start["said"]
+    _assert_close(folder / "to-one", folder / "exact")
+
+
+def test_two_killed_processes_started_again(runs):
+    folder, starts = runs
+    killed, again = starts["two-killed"]
+    assert killed["codes"] == [-signal.SIGKILL] * 2
+    assert again["codes"] == [0, 0]
+    _assert_close(folder / "two-killed", folder / "two")
+
+
+def test_torchrun_passes_the_signal_on(runs, tmp_path):
+    """The real launcher with two processes; the signal goes to it, after its first checkpoint."""
+    folder, _ = runs
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    command += ["helpers.finetune", "--train", str(folder / "data.jsonl"), "--model", "tiny", "--output_dir"]
+    command += [str(tmp_path / "run"), "--max_steps", "5000", "--per_device_train_batch_size", "1", "--save_steps", "5"]
+    command += ["--lora_r", "4"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    try:
+        until = time.monotonic() + 180
+        while not (tmp_path / "run" / "checkpoint-5").exists() and time.monotonic() < until:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    (line,) = (line for line in said.splitlines() if line.startswith("SIGTERM: "))
+    step = int(line.split()[1].removeprefix("checkpoint-"))
+    assert Path(last_complete_checkpoint(tmp_path / "run")).name == f"checkpoint-{step}"
+    assert step < 5000
+    assert not (tmp_path / "run" / "final").exists()
+
+
+# What is given wrongly, in this process
+
+
+def _error(capsys, *arguments, more=()):
+    """Return what main prints on stderr; nothing else is printed, and the code is WRONG."""
+    before = signal.getsignal(signal.SIGTERM)
+    assert finetune.main([*arguments, *COMMAND, *more]) == finetune.WRONG
+    assert signal.getsignal(signal.SIGTERM) is before
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, printed.err
+    return lines[0]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return _write_rows(tmp_path / "data.jsonl")
+
+
+def test_a_bad_file_is_named_with_its_row(tmp_path, rows, capsys):
+    run = ["--output_dir", str(tmp_path / "run")]
+    missing = str(tmp_path / "no.jsonl")
+    assert missing in _error(capsys, "--train", missing, *run)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(rows.read_text(encoding="utf-8") + '{"prompt": "only"}\n', encoding="utf-8")
+    assert f"{bad}, line 11: 'completion' is missing" in _error(capsys, "--train", str(bad), *run[:1], run[1] + "2")
+    long = _error(capsys, "--train", str(rows), *run[:1], run[1] + "3", more=["--max_length", "5"])
+    assert f"{rows}, row 1: the prompt alone has" in long
+    validation = ["--validation", str(bad)]
+    assert f"{bad}, line 11" in _error(capsys, "--train", str(rows), *run[:1], run[1] + "4", more=validation)
+    assert not list(tmp_path.glob("run*/final"))
+
+
+def test_a_wrong_parameter_is_named(tmp_path, rows, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # --fsdp sets it, and it would stay
+
+    def error(number, *more):
+        return _error(capsys, "--train", str(rows), "--output_dir", str(tmp_path / str(number)), more=more)
+
+    half = error(1, "--target_modules", "q_proj", "v_prj")
+    assert "v_prj" in half
+    assert "no-such-module" in error(2, "--target_modules", "no-such-module")
+    assert "`r` should be a positive integer" in error(3, "--lora_r", "0")
+    assert "--save_only_model" in error(4, "--save_only_model", "true")
+    assert "--enable_jit_checkpoint" in error(5, "--enable_jit_checkpoint", "true")
+    assert "no/such/model" in error(6, "--model", "no/such/model")
+    assert "fsdp only works in distributed training" in error(7, "--fsdp")  # from transformers
+
+
+def test_other_settings_are_refused_before_and_after_the_end(runs, tmp_path, capsys):
+    folder, _ = runs
+    shutil.copytree(folder / "term", tmp_path / "run")
+    train = ["--train", str(folder / "data.jsonl"), "--output_dir", str(tmp_path / "run")]
+    same = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--lora_r", "4"]
+    same += ["--lora_dropout", "0.1", "--logging_steps", "1", "--save_steps", "2"]
+    assert finetune.main([*train, *COMMAND, *same]) == finetune.ENDED
+    assert "has ended already" in capsys.readouterr().out
+    for state in ("holds the result of a run", "holds a run that began"):
+        said = _error(capsys, *train, more=[*same, "--learning_rate", "0.1", "--lora_alpha", "64"])
+        assert f"{state} with other settings: lora_alpha was 32 and is 64; learning_rate was 0.001 and is 0.1." in said
+        assert "effective batch was 4 and is 2" in _error(capsys, *train, more=[*same[2:], *same[:1], "1"])
+        shutil.rmtree(tmp_path / "run" / "final", ignore_errors=True)
+    more = _write_rows(tmp_path / "more.jsonl", 11)
+    assert "train was" in _error(capsys, "--train", str(more), *train[2:], more=same)
+    (tmp_path / "run" / "finetune.json").unlink()
+    assert "holds a run that this script did not start" in _error(capsys, *train, more=same)
+    assert (tmp_path / "run" / "checkpoint-4").exists()
+
+
+def test_what_does_not_decide_may_change_and_so_may_the_parts_of_the_effective_batch(runs, tmp_path, capsys):
+    folder, _ = runs
+    shutil.copytree(folder / "term", tmp_path / "run")
+    moved = shutil.copy(folder / "data.jsonl", tmp_path / "moved.jsonl")
+    same = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4", "--lora_r", "4"]
+    same += ["--lora_dropout", "0.1", "--logging_steps", "3", "--save_steps", "5", "--dataloader_num_workers", "1"]
+    assert (
+        finetune.main(["--train", str(moved), "--output_dir", str(tmp_path / "run"), *COMMAND, *same]) == finetune.ENDED
+    )
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path, rows, capsys):
+    """What two processes do that a launcher did not bring together, whatever the launcher."""
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / LOCK):
+        said = _error(capsys, "--train", str(rows), "--output_dir", str(tmp_path / "run"))
+    assert "another run is writing there" in said
+    assert not (tmp_path / "run" / "finetune.json").exists()
+
+
+def test_lonely_processes_are_refused(tmp_path, rows, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = ["--train", str(rows), "--output_dir", str(tmp_path / "run")]
+    # Without LOCAL_RANK, Accelerate takes this process for the only one.
+    said = _error(capsys, *arguments, more=["--use_cpu", "false"])
+    assert "the launcher started 2 processes" in said
+    assert "--use_cpu true" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "world_size", "said"),
+    [
+        ({}, 1, None),
+        ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "x"}, 1, None),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "x"}, 2, None),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "x"}, 1, "the launcher started 2 processes"),
+        ({"MASTER_ADDR": "x"}, 1, None),  # a cluster may set it for all
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, 1, None),  # `accelerate launch` with one process
+        ({"MASTER_ADDR": "x", "ACCELERATE_MIXED_PRECISION": "no"}, 1, "`accelerate launch` was asked for several"),
+        ({"MASTER_ADDR": "x", "ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "8", "RANK": "3"}, 8, None),
+    ],
+)
+def test_who_counts_as_lonely(environment, world_size, said):
+    if said is None:
+        distributed.refuse_lonely_processes(world_size, environment)
+    else:
+        with pytest.raises(ValueError, match=said):
+            distributed.refuse_lonely_processes(world_size, environment)
+
+
+def test_fsdp_that_is_ddp_is_refused(monkeypatch):
+    def trainer(fsdp, used):
+        return SimpleNamespace(args=SimpleNamespace(fsdp=fsdp), accelerator=SimpleNamespace(distributed_type=used))
+
+    distributed.refuse_unsharded(trainer(None, DistributedType.MULTI_CPU))
+    distributed.refuse_unsharded(trainer(True, DistributedType.FSDP))
+    with pytest.raises(ValueError, match="FSDP was asked for, and the Trainer would use MULTI_CPU"):
+        distributed.refuse_unsharded(trainer(True, DistributedType.MULTI_CPU))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="would use NO"):
+        distributed.refuse_unsharded(trainer(None, DistributedType.NO))
+
+
+def test_a_result_without_an_adapter_is_not_called_final(tmp_path):
+    """FSDP with SHARDED_STATE_DICT: the Trainer's save_model writes nothing."""
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(output_dir=str(tmp_path), process_index=0),
+        state=SimpleNamespace(log_history=[], global_step=3),
+        eval_dataset=None,
+        accelerator=SimpleNamespace(wait_for_everyone=lambda: None),
+        save_model=lambda folder: None,
+    )
+    with pytest.raises(OSError, match="saved no adapter; with FSDP, set fsdp_state_dict_type"):
+        finetune._write_final(trainer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_defaults_are_those_of_the_notebooks():
+    """defaults() repeats what training_arguments sets."""
+    plain, ours = TrainingArguments("x", report_to="none").to_dict(), training_arguments(profile(), "x").to_dict()
+    changed = {name for name in ours if ours[name] != plain[name]} - {"per_device_train_batch_size"}
+    given = finetune.defaults()
+    named = TrainingArguments("x", **given).to_dict()
+    assert changed - {"save_strategy", "per_device_eval_batch_size", "logging_dir"} <= given.keys()
+    for name in changed - {"save_strategy", "per_device_eval_batch_size"}:
+        assert named[name] == ours[name], name
+
+
+def test_sharded_four_bit_weights_are_stored_in_the_dtype_of_the_others():
+    """Accelerate leaves uint8 whole, and FSDP2 casts other dtypes than its own: see the table in notebook 11."""
+    settings = finetune.FinetuneArguments(train="", model="tiny", load_in_4bit=True)
+    arguments = TrainingArguments(output_dir="unused", use_cpu=True, bf16=True)
+    models = {sharded: finetune.build_model(settings, arguments, sharded) for sharded in (False, True)}
+    dtypes = {
+        sharded: {p.dtype for name, p in model.named_parameters() if "lora_" not in name}
+        for sharded, model in models.items()
+    }
+    assert dtypes == {False: {torch.uint8, torch.float32}, True: {torch.bfloat16}}
+    for model in models.values():
+        assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+        assert {p.requires_grad for name, p in model.named_parameters() if "lora_" not in name} == {False}
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as ended:
+        finetune.main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    parser = HfArgumentParser((finetune.FinetuneArguments, TrainingArguments))
+    for action in parser._actions:
+        assert action.help, action.option_strings
+        assert action.option_strings[0] in text
+    for words in ("torchrun --nproc_per_node", "SIGTERM", "143", "tokens kept of each row"):
+        assert words in " ".join(text.split())
+
+
+def test_csv_and_chat_messages_are_read_as_well(tmp_path, rows):
+    tokenizer = load_tokenizer("tiny")
+    read = finetune._rows(str(rows), tokenizer, 512)
+    data.load_commands("train").select(range(10)).select_columns(["prompt", "completion"]).to_csv(tmp_path / "d.csv")
+    assert finetune._rows(str(tmp_path / "d.csv"), tokenizer, 512)[:] == read[:]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    pairs = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    turns = [
+        [{"role": role, "content": pair[key]} for role, key in (("user", "prompt"), ("assistant", "completion"))]
+        for pair in pairs
+    ]
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text("".join(json.dumps({"messages": two}) + "\n" for two in turns), encoding="utf-8")
+    assert finetune._rows(str(chat), tokenizer, 512)[:] == read[:]
+
+
+def test_four_bits_are_refused_with_zero_3(tmp_path, rows, capsys, monkeypatch):
+    """transformers refuses it too, in words about a device_map that nobody gave."""
+    engine = SimpleNamespace(is_zero3=lambda: True)
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: engine)
+    with pytest.raises(ValueError, match="device_map"):
+        load_base("tiny", quantization="nf4")
+    run = ["--train", str(rows), "--output_dir", str(tmp_path / "run"), "--load_in_4bit"]
+    assert "--load_in_4bit does not go with DeepSpeed ZeRO-3; take FSDP" in _error(capsys, *run)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "engine"),
+    [
+        ({}, {}, "DDP or one process"),
+        ({}, {"ACCELERATE_USE_FSDP": "false"}, "DDP or one process"),
+        ({"fsdp": True}, {}, "FSDP"),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ({"deepspeed": "config.json"}, {}, "DeepSpeed"),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+    ],
+)
+def test_the_engine_is_recorded_and_another_is_refused(given, environment, engine, tmp_path, monkeypatch):
+    arguments = TrainingArguments(tmp_path / "run", use_cpu=True)
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert finetune._engine(SimpleNamespace(**{"fsdp": None, "deepspeed": None, **given})) == engine
+    now = record({"train": "x"}, arguments, engine)
+    for other in ("FSDP", "DeepSpeed", "DDP or one process"):
+        with ExitStack() as held:
+            (tmp_path / "run" / SETTINGS).unlink(missing_ok=True)
+            assert claim(record({"train": "x"}, arguments, other), arguments, held) == (None, False)
+        with ExitStack() as held:
+            if other == engine:
+                assert claim(now, arguments, held) == (None, False)
+            else:
+                with pytest.raises(ValueError, match=f"engine was {other} and is {engine}"):
+                    claim(now, arguments, held)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"accelerator_config": {"split_batches": True}}, {"ignore_data_skip": True}, {"learning_rate": 0.5}]
+)
+def test_what_decides_is_recorded(changed, tmp_path):
+    arguments = [TrainingArguments(tmp_path, use_cpu=True, **more) for more in ({}, changed)]
+    records = [record({"train": "x"}, each, "") for each in arguments]
+    assert {key for key in records[0] if records[0][key] != records[1][key]} == changed.keys()
+    assert set(DECISIVE) <= records[0].keys()
+
+
+def test_an_incomplete_checkpoint_is_passed_over_where_it_can_be_known(tmp_path):
+    """Under FSDP and DeepSpeed the last one is taken, complete or not, as the script's help says."""
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    arguments = TrainingArguments(tmp_path / "run", use_cpu=True)
+    for engine, found in (("FSDP", str(tmp_path / "run" / "checkpoint-3")), (UNSHARDED, None)):
+        now = record({"train": "x"}, arguments, engine)
+        write_json(tmp_path / "run" / SETTINGS, now)
+        with ExitStack() as held, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert claim(now, arguments, held) == (found, False)
