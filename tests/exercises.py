@@ -1,6 +1,7 @@
 """What the tests of the exercise checks share: the notebook's own functions, and the line that a check prints."""
 
 import ast
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+# What the notebooks import for their exercises.
+NOTEBOOK_NAMES = {"torch": torch, "nn": nn, "F": F, "math": math, "np": np, "hashlib": hashlib, "Callable": Callable}
 
 
 def exercise_functions(notebook):
@@ -25,7 +28,7 @@ def exercise_functions(notebook):
             if tag in cell.metadata.get("tags", []):
                 tree = ast.parse(cell.source)
                 tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-                namespace = {"torch": torch, "nn": nn, "F": F, "math": math, "np": np, "Callable": Callable}
+                namespace = dict(NOTEBOOK_NAMES)
                 exec(compile(tree, f"{notebook} {tag}", "exec"), namespace)
                 functions |= {node.name: namespace[node.name] for node in tree.body}
         found.append(functions)
@@ -51,3 +54,27 @@ def each_wrong_answer(wrong):
     """Parametrize a test over rows of (name of the exercise, wrong answer, a part of the hint that it should get)."""
     ids = [f"{name}-{number}" for number, (name, _, _) in enumerate(wrong)]
     return pytest.mark.parametrize(("name", "function", "hint"), wrong, ids=ids)
+
+
+def exercise_tests(checks, stubs, solutions, wrong):
+    """Return the two tests that each set of checks has; the module that calls this gives them their names.
+
+    The first: a solution is correct, and a stub is not written yet. The second, for the rows of `each_wrong_answer`: a
+    wrong answer is not correct yet and gets its hint, or its own error where the hint says that.
+    """
+
+    @pytest.mark.parametrize("name", solutions)
+    def test_solution_and_stub(name, capsys):
+        printed = said(checks, capsys, name, solutions[name])
+        assert printed.startswith(f"{name}: correct. "), printed
+        printed = said(checks, capsys, name, stubs[name])
+        assert printed.startswith(f"{name}: not written yet. "), printed
+
+    @each_wrong_answer(wrong)
+    def test_mistake(name, function, hint, capsys):
+        printed = said(checks, capsys, name, function)
+        verdict = "your function raised " if hint.startswith("your function raised ") else "not yet. "
+        assert printed.startswith(f"{name}: {verdict}"), printed
+        assert hint in printed, printed
+
+    return test_solution_and_stub, test_mistake

@@ -2,9 +2,8 @@
 
 from helpers.checks import gradients as checks
 
-import pytest
 import torch
-from exercises import exercise_functions, said
+from exercises import exercise_functions, exercise_tests
 
 STUBS, SOLUTIONS = exercise_functions("02_gradient_flow")
 
@@ -98,17 +97,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("name", STUBS)
-def test_solution_and_stub(name, capsys):
-    assert said(checks, capsys, name, SOLUTIONS[name]).startswith(f"{name}: correct. ")
-    assert said(checks, capsys, name, STUBS[name]).startswith(f"{name}: not written yet. ")
-
-
-@pytest.mark.parametrize(("name", "wrong", "hint"), WRONG, ids=lambda value: getattr(value, "__name__", None))
-def test_a_wrong_answer_gets_its_hint(name, wrong, hint, capsys):
-    printed = said(checks, capsys, name, wrong)
-    assert hint in printed
-    assert "correct" not in printed
+test_the_solution_passes_and_the_stub_does_not, test_a_mistake_gets_its_hint = exercise_tests(
+    checks, STUBS, SOLUTIONS, WRONG
+)
 
 
 def test_every_exercise_has_three_wrong_answers_or_more():

@@ -7,9 +7,8 @@ from functools import partial
 from helpers.checks import learning_rate as checks
 
 import numpy as np
-import pytest
 import torch
-from exercises import each_wrong_answer, exercise_functions, said
+from exercises import exercise_functions, exercise_tests, said
 
 STUBS, SOLUTIONS = exercise_functions("06_learning_rate")
 _said = partial(said, checks)
@@ -182,17 +181,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("name", SOLUTIONS)
-def test_the_solution_passes_and_the_stub_does_not(name, capsys):
-    assert _said(capsys, name, SOLUTIONS[name]).startswith(f"{name}: correct.")
-    assert _said(capsys, name, STUBS[name]).startswith(f"{name}: not written yet.")
-
-
-@each_wrong_answer(WRONG)
-def test_a_mistake_gets_its_hint(name, function, hint, capsys):
-    printed = _said(capsys, name, function)
-    assert printed.startswith(f"{name}: not yet. ")
-    assert hint in printed
+test_the_solution_passes_and_the_stub_does_not, test_a_mistake_gets_its_hint = exercise_tests(
+    checks, STUBS, SOLUTIONS, WRONG
+)
 
 
 def test_other_right_answers_pass(capsys):

@@ -6,7 +6,7 @@ from helpers.checks import memory_speed as checks
 
 import pytest
 import torch
-from exercises import each_wrong_answer, exercise_functions, said
+from exercises import exercise_functions, exercise_tests, said
 
 STUBS, SOLUTIONS = exercise_functions("09_memory_and_speed")
 _said = partial(said, checks)
@@ -149,17 +149,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("name", SOLUTIONS)
-def test_the_solution_passes_and_the_stub_does_not(name, capsys):
-    assert "correct" in _said(capsys, name, SOLUTIONS[name])
-    assert "not written yet" in _said(capsys, name, STUBS[name])
-
-
-@each_wrong_answer(WRONG)
-def test_each_mistake_gets_its_hint(name, function, hint, capsys):
-    printed = _said(capsys, name, lambda *arguments: function(*arguments))
-    assert "not yet" in printed
-    assert hint in printed
+test_the_solution_passes_and_the_stub_does_not, test_a_mistake_gets_its_hint = exercise_tests(
+    checks, STUBS, SOLUTIONS, WRONG
+)
 
 
 def test_other_ways_to_the_right_answer_pass(capsys):

@@ -7,7 +7,7 @@ from helpers.checks import scale_out as checks
 
 import pytest
 import torch
-from exercises import each_wrong_answer, exercise_functions, said
+from exercises import exercise_functions, exercise_tests, said
 
 STUBS, SOLUTIONS = exercise_functions("11_scale_out")
 _said = partial(said, checks)
@@ -132,21 +132,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("name", list(SOLUTIONS))
-def test_the_solution_passes(name, capsys):
-    assert _said(capsys, name, SOLUTIONS[name]).startswith(f"{name}: correct. ")
-
-
-@pytest.mark.parametrize("name", list(STUBS))
-def test_the_stub_is_not_written_yet(name, capsys):
-    assert "not written yet" in _said(capsys, name, STUBS[name])
-
-
-@each_wrong_answer(WRONG)
-def test_a_mistake_gets_its_hint(name, function, hint, capsys):
-    printed = _said(capsys, name, function)
-    assert printed.startswith(f"{name}: not yet. "), printed
-    assert hint in printed, printed
+test_the_solution_passes_and_the_stub_does_not, test_a_mistake_gets_its_hint = exercise_tests(
+    checks, STUBS, SOLUTIONS, WRONG
+)
 
 
 def test_other_right_answers_pass(capsys):
