@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import data, evaluation, hardware, models, training
+from helpers.folders import write_whole
 
 import datasets
 import torch
@@ -269,9 +270,7 @@ def main() -> None:
         "recipes": records,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    beside = options.out.with_suffix(".part")
-    beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    beside.replace(options.out)
+    write_whole(options.out, json.dumps(found, indent=1) + "\n")
     for name, (total, median) in speedups(records).items():
         print(f"{name:24} {total:.2f}x in all steps, {median:.2f}x as the median of turns")
 

@@ -1,4 +1,4 @@
-"""A folder that is there whole, or not at all."""
+"""Files and folders that are there whole, or not at all."""
 
 from __future__ import annotations
 
@@ -29,3 +29,10 @@ def complete_folder(target: str | Path) -> Iterator[Path]:
         unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write UTF-8 beside a file, then rename: a reader sees the old file or the new one, and never half of it."""
+    beside = file.with_name(f"{file.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from helpers.checkpoints import last_complete_checkpoint
+from helpers.folders import write_whole
 
 from filelock import FileLock, Timeout
 from transformers import TrainingArguments
@@ -86,7 +87,5 @@ def claim(now: Mapping[str, object], arguments: TrainingArguments, held: ExitSta
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write beside the file, then rename: it is there whole, or as it was before."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write a JSON file, whole or not at all."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import data, evaluation, models, pretrain_tiny, training
+from helpers.folders import write_whole
 from helpers.hardware import profile
 
 import pandas as pd
@@ -230,9 +231,9 @@ def sweep(parts: Sequence[str], folder: Path) -> None:
         rows[run] = asdict(run) | train_once(run)
         minutes = round((time.perf_counter() - started) / 60, 1)
         lines = [json.dumps(rows[run]) + "\n" for run in sorted(rows, key=astuple)]
-        _write(folder / "runs.jsonl", "".join(lines))
+        write_whole(folder / "runs.jsonl", "".join(lines))
         session = {"parts": list(parts), "runs": number, "minutes": minutes} | _circumstances()
-        _write(record, json.dumps([*sessions, session], indent=1) + "\n")
+        write_whole(record, json.dumps([*sessions, session], indent=1) + "\n")
         print(f"{number} of {len(missing)}, {minutes} min: loss {rows[run]['validation_loss']}, {run}", flush=True)
 
 
@@ -247,13 +248,6 @@ def _read(folder: Path) -> dict[Run, dict[str, object]]:
     file = folder / "runs.jsonl"
     rows = map(json.loads, file.read_text(encoding="utf-8").splitlines()) if file.exists() else []
     return {Run(**{field.name: row[field.name] for field in fields(Run)}): row for row in rows}
-
-
-def _write(file: Path, text: str) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one."""
-    beside = file.with_name(file.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
 
 
 def _circumstances() -> dict[str, object]:
