@@ -108,17 +108,9 @@ def _parse(command_line: list[str] | None) -> tuple[FinetuneArguments, TrainingA
 
 
 def defaults() -> dict[str, object]:
-    """Return what replaces defaults of TrainingArguments: `training.training_arguments`, with checkpoints.
-
-    It is a dict, because making TrainingArguments makes the processes meet, in the way that they say.
-    """
-    machine = profile()
-    kind = {"use_cpu": machine.device == "cpu", "dataloader_pin_memory": machine.device == "cuda"}
-    kind |= {"fp16": machine.dtype == torch.float16, "bf16": machine.dtype == torch.bfloat16}
-    schedule = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
-    reports = {"logging_steps": 5, "report_to": "none", "disable_tqdm": True, "label_names": ["labels"]}
+    """Return what replaces defaults of TrainingArguments: those of the notebooks, with checkpoints."""
     saving = {"save_strategy": "steps", "save_steps": 100, "ddp_find_unused_parameters": False}
-    return kind | schedule | reports | saving
+    return training.default_settings(profile()) | saving
 
 
 def _prepare(

@@ -55,10 +55,19 @@ def training_arguments(profile: Profile, output_dir: str | Path, **overrides: ob
     Raises:
         TypeError: an override is no field of TrainingArguments.
     """
-    settings: dict[str, object] = {
-        "output_dir": str(output_dir),
+    sizes = {
         "per_device_train_batch_size": profile.train_batch_size,
         "per_device_eval_batch_size": profile.eval_batch_size,
+    }
+    return TrainingArguments(**({"output_dir": str(output_dir)} | sizes | default_settings(profile) | overrides))
+
+
+def default_settings(profile: Profile) -> dict[str, object]:
+    """Return the defaults of `training_arguments`, without folder and batch sizes, as fields of TrainingArguments.
+
+    They are apart because making TrainingArguments does more: under a launcher it makes the processes meet.
+    """
+    return {
         "learning_rate": 1e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,  # a number below 1 is a share of all steps
@@ -72,7 +81,6 @@ def training_arguments(profile: Profile, output_dir: str | Path, **overrides: ob
         "dataloader_pin_memory": profile.device == "cuda",
         "disable_tqdm": True,  # the loss is printed instead, see build_trainer
     }
-    return TrainingArguments(**(settings | overrides))
 
 
 def build_trainer(
