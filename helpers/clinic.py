@@ -16,7 +16,7 @@ from typing import Any
 
 from helpers.data import DEVICES, IGNORE_INDEX, ROOMS, Collator, encode, load_commands
 from helpers.hardware import profile
-from helpers.models import load_base, load_tokenizer
+from helpers.models import enable_checkpointing, load_base, load_tokenizer
 from helpers.training import training_arguments
 
 import torch
@@ -125,7 +125,7 @@ def loaded_for_inference(folder: Path, mended: bool = False) -> Trainer:
     """An adapter from disk is to be trained on, with activation checkpointing."""
     adapter = trained_adapter(folder)
     model = PeftModel.from_pretrained(load_tiny(), adapter, is_trainable=mended)  # the default is False
-    return new_trainer(folder, model, activation_checkpointing=True)
+    return new_trainer(folder, model, gradient_checkpointing=True)
 
 
 def optimizer_too_early(folder: Path, mended: bool = False) -> Trainer:
@@ -141,8 +141,7 @@ def optimizer_too_early(folder: Path, mended: bool = False) -> Trainer:
 def gradients_cut(folder: Path, mended: bool = False) -> Trainer:
     """Reentrant checkpointing, LoRA on lm_head too, and no hook that makes the embedding's output need a gradient."""
     model = new_adapter(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", *MLP, "lm_head"])
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": not mended})
+    enable_checkpointing(model, use_reentrant=not mended)
     model.get_base_model().disable_input_require_grads()
     return new_trainer(folder, model)
 

@@ -14,6 +14,7 @@ from itertools import accumulate
 
 from helpers import meta_step
 from helpers.hardware import profile
+from helpers.models import enable_checkpointing
 
 import numpy as np
 import torch
@@ -125,8 +126,8 @@ def estimate_training_memory(
     def step(layers: int) -> np.ndarray:
         model = meta_step.build_model(config, layers, torch_dtype)
         constants = meta_step.quantize(model, torch_dtype, double_quant) if quantization else []
-        if gradient_checkpointing:  # the second is its name before transformers 5.23
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        if gradient_checkpointing:
+            enable_checkpointing(model)
             model.enable_input_require_grads()
         if r is not None:
             lora = LoraConfig(r=r, target_modules=target_modules, task_type="CAUSAL_LM")

@@ -10,6 +10,7 @@ from helpers.fetch import fetch_smollm2
 from helpers.hardware import profile
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -85,6 +86,17 @@ def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def enable_checkpointing(model: nn.Module, **options: object) -> None:
+    """Have a transformers model, with or without PEFT, keep only each layer's input and compute the layer again.
+
+    Args:
+        model: changed in place. The method's name is another one before transformers 5.23.
+        **options: of `torch.utils.checkpoint.checkpoint`, such as use_reentrant.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options or None)
 
 
 def _never_repack(model: PreTrainedModel) -> None:

@@ -68,7 +68,7 @@ def test_training_names_them_both():
     "options",
     [
         {"gradient_accumulation_steps": 2, "max_steps": 2, "weight_decay": 0.1, "lr_scheduler_type": "linear"},
-        {"activation_checkpointing": True, "max_steps": 2},
+        {"gradient_checkpointing": True, "max_steps": 2},
         {"bf16": True, "max_steps": 2},
         {"eval_strategy": "steps", "eval_steps": 2},
     ],

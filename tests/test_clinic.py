@@ -7,7 +7,7 @@ from helpers import clinic, gradients
 from helpers.callbacks import DiagnosticsCallback
 from helpers.clinic_cases import CASES
 from helpers.data import IGNORE_INDEX, load_commands
-from helpers.models import load_tokenizer
+from helpers.models import enable_checkpointing, load_tokenizer
 
 import pytest
 import torch
@@ -63,8 +63,8 @@ def test_diagnose_finds_it_before_the_first_step(name, folder):
     for mended in (False, True):
         with warnings.catch_warnings(action="ignore"):
             trainer = BY_NAME[name].build(folder, mended)
-            if trainer.args.activation_checkpointing:
-                trainer.model.activation_checkpointing_enable()
+            if trainer.args.gradient_checkpointing:
+                enable_checkpointing(trainer.model)
             trainer.model.train()
             optimizer = trainer.optimizer or trainer.create_optimizer()
             found = [finding.code for finding in gradients.diagnose(trainer.model, first_batch(trainer), optimizer)]

@@ -3,7 +3,7 @@
 import contextlib
 
 from helpers import memory, meta_step, models
-from helpers.models import load_base
+from helpers.models import enable_checkpointing, load_base
 
 import bitsandbytes as bnb
 import pytest
@@ -42,7 +42,7 @@ def real_model(name, *, r, quantization=None, dtype="float32", checkpointing=Fal
     if quantization:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        enable_checkpointing(model)
         model.enable_input_require_grads()
     if r is not None:
         model = get_peft_model(model, LoraConfig(r=r, target_modules=targets, task_type="CAUSAL_LM"))
