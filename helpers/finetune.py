@@ -20,6 +20,7 @@ checkpoint is saved. torchrun itself exits with 1 where a process does not exit 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -95,6 +96,10 @@ def main(command_line: list[str] | None = None) -> int:
                 message = f"ended after {step} updates; the result is in {Path(arguments.output_dir) / FINAL}"
         if distributed.is_initialized():
             distributed.barrier()  # until all have written their files
+            # The model in DDP must let go of the group first. Otherwise it ends the group (torch 2.13): holding the
+            # GIL, it waits for gloo's thread, which may be waiting for the GIL to free the barrier's tensor.
+            del trainer
+            gc.collect()
             distributed.destroy_process_group()
         if arguments.process_index == 0:
             print(message)
