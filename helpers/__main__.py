@@ -1,4 +1,4 @@
-"""`python -m helpers doctor` checks this machine; `python -m helpers fetch` prepares it for a class without network."""
+"""`python -m helpers doctor` checks this machine; `fetch` and `room` prepare for a class without a network."""
 
 from __future__ import annotations
 
@@ -15,15 +15,23 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="check Python, packages, hardware, disk, model cache and notebook kernel")
     commands.add_parser("fetch", help="download SmolLM2-135M-Instruct into the cache (LORA_LAB_CACHE)")
-    command = parser.parse_args(arguments).command
-    if command == "doctor":
+    room = commands.add_parser("room", help="collect packages, model and notebooks for machines without a network")
+    room.add_argument("folder", help="the new folder")
+    room.add_argument("--notebooks", help="the folder of the notebooks, such as a hand-out; default: notebooks")
+    given = parser.parse_args(arguments)
+    if given.command == "doctor":
         from helpers.doctor import doctor
 
         return doctor()
-    from helpers.fetch import fetch_smollm2
-
     try:
-        print(f"SmolLM2-135M-Instruct is in {fetch_smollm2()}")
+        if given.command == "room":
+            from helpers.room import collect_room
+
+            print(collect_room(given.folder, given.notebooks))
+        else:
+            from helpers.fetch import fetch_smollm2
+
+            print(f"SmolLM2-135M-Instruct is in {fetch_smollm2()}")
     except (RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

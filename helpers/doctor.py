@@ -138,13 +138,13 @@ def _peft() -> str:
 
 
 def _disk() -> str:
-    from helpers.fetch import cache_dir
+    from helpers.fetch import cache_dir, is_cached
 
     folder = cache_dir()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 1e9
-    if free < FREE_GB:
+    if free < FREE_GB and not is_cached():
         raise Problem(f"{free:.1f} GB free for {cache_dir()}; free {FREE_GB:.0f} GB, or set LORA_LAB_CACHE elsewhere")
     return f"{free:.0f} GB free for the model cache"
 

@@ -1,0 +1,444 @@
+"""A class: the README's plans, the count of exercises, a room without a network, many students on one machine."""
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from importlib import metadata
+from pathlib import Path
+
+from helpers import fetch, room
+from helpers.__main__ import main
+from helpers.checks import base, progress
+from helpers.checks import lora as checks
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+from exercises import exercise_functions
+from jupyter_client import KernelManager
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PLANS = re.findall(r"^\*\*([^*]+)\*\*\n\n\| from \| .*\n\|[-|]+\|\n((?:\|.*\n)+)", README, flags=re.M)
+
+
+# The plans
+
+
+def _minutes(notebook):
+    """Return the minutes to read, to run and for the exercises, as the notebook gives them."""
+    cells = [cell.source for cell in nbformat.read(ROOT / notebook, as_version=4).cells if cell.cell_type == "markdown"]
+    read, run = re.search(r"\*\*Time:\*\* (\d+) minutes to read, (\d+) minutes? to run", cells[0]).groups()
+    headings = [line for cell in cells for line in cell.splitlines() if line.startswith("### Exercise")]
+    found = re.findall(r"ifficulty \d(?: of 3)?, (\d+) minutes", "\n".join(cells))
+    assert len(found) == len(headings), f"{notebook}: an exercise without its minutes"
+    return [int(read), int(run), sum(map(int, found))]
+
+
+def _clock(text):
+    hours, minutes = text.split(":")
+    return 60 * int(hours) + int(minutes)
+
+
+def test_there_are_three_plans():
+    assert [name for name, _ in PLANS] == ["Half a day", "One day", "Two days"]
+
+
+@pytest.mark.parametrize(("name", "table"), PLANS, ids=[name for name, _ in PLANS])
+def test_a_plan_adds_up(name, table):
+    """Notebooks with their own minutes, each after those that it builds on; the hours add up; nobody sits too long."""
+    now, sitting, seen = None, 0, []
+    for line in table.splitlines():
+        start, what, minutes, parts = (cell.strip() for cell in line.strip("|").split("|"))
+        assert now is None or _clock(start) == now, f"{name}: it is {now // 60}:{now % 60:02d} at {line!r}"
+        if what.startswith("End"):
+            assert not minutes
+            assert now <= _clock("17:00")
+            now, sitting = None, 0
+            continue
+        if link := re.fullmatch(r"\[(\d\d) .+\]\((notebooks/\1_\w+\.ipynb)\)", what):
+            found = _minutes(link[2])
+            assert (minutes, parts) == (str(sum(found)), " + ".join(map(str, found))), line
+            seen.append(link[1])
+        else:
+            assert not parts
+        sitting = 0 if what in ("Break", "Lunch") else sitting + int(minutes)
+        assert sitting <= 120, f"{name}: {sitting} minutes without a break at {line!r}"
+        now = _clock(start) + int(minutes)
+    assert now is None, "the last line is the end"
+    assert seen == sorted(set(seen))
+    assert seen[0] == "00"
+
+
+# The count of exercises
+
+STUBS, SOLUTIONS = exercise_functions("01_lora_math")
+
+
+def _run(function, name=None):
+    function.__name__ = name or function.__name__
+    getattr(checks, function.__name__)(function)
+
+
+@pytest.fixture
+def fresh_kernel(monkeypatch):
+    monkeypatch.setattr(base, "_results", {})
+
+
+def _line(capsys):
+    capsys.readouterr()
+    progress(checks)
+    return capsys.readouterr().out
+
+
+def test_progress_before_any_check(fresh_kernel, capsys):
+    names = "best_rank_r, lora_forward, parameter_count, merge"
+    assert _line(capsys) == f"Exercises: 0 of 4 correct. Check not run: {names}.\n"
+
+
+def test_progress_counts_the_last_result_of_each_check(fresh_kernel, capsys):
+    for name in ("merge", "lora_forward", "best_rank_r"):
+        _run(STUBS[name])
+    stubs = "Not written: merge, lora_forward, best_rank_r. Check not run: parameter_count."
+    assert _line(capsys) == f"Exercises: 0 of 4 correct. {stubs}\n"
+    _run(SOLUTIONS["merge"])
+    _run(lambda x, W_0, A, B, alpha: x @ W_0.T, "lora_forward")
+    _run(lambda delta_w, r: 1 / 0, "best_rank_r")
+    wrong = "Wrong: lora_forward, best_rank_r. Check not run: parameter_count."
+    assert _line(capsys) == f"Exercises: 1 of 4 correct. {wrong}\n"
+    assert _line(capsys) == f"Exercises: 1 of 4 correct. {wrong}\n"
+    _run(lambda W_0, A, B, alpha: W_0, "merge")
+    assert _line(capsys).startswith("Exercises: 0 of 4 correct. Wrong: merge, lora_forward, best_rank_r.")
+    for solution in SOLUTIONS.values():
+        _run(solution)
+    assert _line(capsys) == "Exercises: 4 of 4 correct.\n"
+
+
+def test_progress_knows_an_answer_under_another_name(fresh_kernel, capsys):
+    def my_merge(*arguments):
+        return SOLUTIONS["merge"](*arguments)
+
+    checks.merge(my_merge)
+    assert _line(capsys).startswith("Exercises: 1 of 4 correct. Check not run: best_rank_r, ")
+
+
+def test_an_interrupted_check_is_not_correct(fresh_kernel, capsys):
+    def endless(*arguments):
+        raise KeyboardInterrupt
+
+    _run(SOLUTIONS["merge"])
+    with pytest.raises(KeyboardInterrupt):
+        checks.merge(endless)
+    assert "Wrong: merge." in _line(capsys)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_each_checks_module_lists_its_notebooks_exercises(path, fresh_kernel, capsys):
+    cells = nbformat.read(path, as_version=4).cells
+    found = [re.match(r"checks\.(\w+)\(", c.source)[1] for c in cells if "check" in c.metadata.get("tags", [])]
+    imported = re.search(r"from helpers\.checks import (\w+) as checks", "\n".join(cell.source for cell in cells))
+    assert bool(found) == bool(imported)
+    if imported:
+        progress(importlib.import_module(f"helpers.checks.{imported[1]}"))
+        line = re.fullmatch(r"Exercises: 0 of (\d+) correct\. Check not run: (.*)\.\n", capsys.readouterr().out)
+        assert int(line[1]) == len(found)
+        assert set(line[2].split(", ")) == set(found)
+
+
+# A room without a network
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Collecting without the packages and the real model; `pip` is what it was asked to do."""
+    model, notebooks, pip = tmp_path / "cache" / fetch.FOLDER, tmp_path / "hand_out", []
+    model.mkdir(parents=True)
+    notebooks.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights" * 1_000_000)
+    (model / "model.safetensors").chmod(0o600)
+    (notebooks / "00_start_here.ipynb").write_text("{}")
+    (notebooks / "notes.txt").write_text("not a notebook")
+
+    def run(command, remedy):
+        pip.append(command)
+        if command[4] == "wheel":
+            wheels = Path(command[command.index("-w") + 1])
+            assert not list(wheels.glob("half-*")), "a damaged wheel is not taken for a finished one"
+            wheels.mkdir(exist_ok=True)
+            (wheels / "whole-1-py3-none-any.whl").write_bytes(b"PK\x05\x06" + bytes(18))
+
+    monkeypatch.setattr(room, "_run", run)
+    monkeypatch.setattr(room, "fetch_smollm2", lambda: model)
+    return notebooks, pip
+
+
+def test_a_room_is_whole(small, tmp_path, capsys):
+    notebooks, pip = small
+    assert main(["room", str(tmp_path / "room"), "--notebooks", str(notebooks)]) == 0
+    assert "GB: see its README.txt" in capsys.readouterr().out
+    files = {str(path.relative_to(tmp_path / "room")) for path in (tmp_path / "room").rglob("*") if path.is_file()}
+    assert files == {
+        "README.txt",
+        "for.txt",
+        "install.py",
+        "model/smollm2-135m/model.safetensors",
+        "notebooks/00_start_here.ipynb",
+        "wheels/whole-1-py3-none-any.whl",
+    }
+    weights = tmp_path / "room" / "model" / "smollm2-135m" / "model.safetensors"
+    assert weights.stat().st_mode & 0o444 == 0o444, "another user can read it"
+    assert not list(tmp_path.glob("*.unfinished"))
+    assert [command[4] for command in pip] == ["wheel", "install"]
+    assert "--no-index" in pip[1]
+    assert main(["room", str(tmp_path / "room")]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_room_that_was_cut_off_goes_on(small, tmp_path, monkeypatch):
+    def cut_off():
+        raise RuntimeError("no network")
+
+    notebooks, _ = small
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "fetch_smollm2", cut_off)
+        with pytest.raises(RuntimeError, match="no network"):
+            room.collect_room(tmp_path / "room", notebooks)
+    assert not (tmp_path / "room").exists()
+    wheels = tmp_path / "room.unfinished" / "wheels"
+    assert [wheel.name for wheel in wheels.iterdir()] == ["whole-1-py3-none-any.whl"]
+    shutil.copy(wheels / "whole-1-py3-none-any.whl", wheels / "large-1-py3-none-any.whl")
+    (wheels / "half-1-py3-none-any.whl").write_bytes(b"PK\x03\x04 and no end")
+    room.collect_room(tmp_path / "room", notebooks)
+    assert (tmp_path / "room" / "wheels" / "large-1-py3-none-any.whl").exists(), "what was there is kept"
+
+
+def test_a_room_without_notebooks_is_refused_before_anything_is_made(small, tmp_path, capsys):
+    assert main(["room", str(tmp_path / "room"), "--notebooks", str(tmp_path / "nowhere")]) == 1
+    assert f"no notebooks in {tmp_path / 'nowhere'}" in capsys.readouterr().err
+    assert not list(tmp_path.glob("room*"))
+
+
+def test_a_failure_of_pip_names_the_remedy():
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-index", "--no-deps"]
+    said = r"`pip download` failed \(exit code 1\):[\s\S]*nothing-like-it[\s\S]*Do this"
+    with pytest.raises(RuntimeError, match=said):
+        room._run([*command, "nothing-like-it==1"], "Do this")
+
+
+def test_the_installer_refuses_another_python(tmp_path):
+    installer = Path(shutil.copy(room.INSTALLER, tmp_path))
+    (tmp_path / "for.txt").write_text("3.2 Linux vax\n")
+    run = subprocess.run([sys.executable, installer, tmp_path / "home"], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "need Python 3.2 for Linux on vax; this is Python 3." in run.stderr
+    assert not (tmp_path / "home").exists()
+
+
+def _without_network():
+    """Return the words before a command that cut off its network, or skip the test."""
+    script = 'ip link set lo up && exec "$@"'  # Jupyter talks to its kernels through the loopback
+    words = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c", script, "sh"]
+    found = "unshare and ip are Linux's"
+    if shutil.which("unshare") and shutil.which("ip"):
+        probe = "import socket; print([name for _, name in socket.if_nameindex()])"
+        run = subprocess.run([*words, sys.executable, "-c", probe], capture_output=True, text=True)
+        if run.returncode == 0:
+            assert run.stdout == "['lo']\n", run.stdout
+            return words
+        found = run.stderr
+    pytest.skip(f"cannot cut off the network here: {found}")
+
+
+@pytest.mark.offline
+def test_a_room_installs_and_runs_where_there_is_no_network(tmp_path, smollm2, capsys):
+    cut_off = _without_network()
+    times = {}
+
+    def run(what, command, **options):
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, **options)
+        times[what] = f"{time.perf_counter() - start:.0f} s"
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    folder, home = tmp_path / "room", tmp_path / "home"
+    home.mkdir()
+    run("collect", [sys.executable, "-m", "helpers", "room", folder], cwd=ROOT)
+    # A student's machine has none of this machine's settings: only where its programs are, and how many threads.
+    environment = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS") if name in os.environ}
+    environment |= {"HOME": str(home), "LANG": "C.UTF-8"}
+    lines = (folder / "README.txt").read_text(encoding="utf-8").splitlines()
+    (command,) = (line.split() for line in lines if line.startswith("    "))
+    said = run("install", [*cut_off, *command], cwd=folder, env=environment)
+    assert "All checks passed." in said
+    start = said.splitlines()[-1].split()
+    assert start[1] == "lab"
+    notebook = Path(start[2])
+    assert notebook.is_relative_to(home)
+    execute = [start[0], "nbconvert", "--to", "notebook", "--execute", "--inplace", notebook]
+    run("notebook 00", [*cut_off, *execute], cwd=notebook.parent, env=environment)
+    outputs = [
+        output.get("text", "") for cell in nbformat.read(notebook, 4).cells for output in cell.get("outputs", [])
+    ]
+    assert "exact match after: 64 of 64" in "".join(outputs)
+    run("install again", [*cut_off, *command], cwd=folder, env=environment)
+    kept = [output.get("text", "") for cell in nbformat.read(notebook, 4).cells for output in cell.get("outputs", [])]
+    assert kept == outputs, "a second run leaves a student's notebook as it is"
+    sizes = {path: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 1e9 for path in (folder, home)}
+    with capsys.disabled():
+        print("\n", {path.name: f"{size:.2f} GB" for path, size in sizes.items()}, times)
+    if "+cpu" in metadata.version("torch"):
+        stated = _stated(r"the folder takes ([\d.]+) GB, and what the installer makes of it ([\d.]+) GB")
+        assert list(sizes.values()) == pytest.approx(stated, rel=0.15)
+
+
+def _stated(sentence):
+    """Return the numbers that a sentence of the README states."""
+    found = re.search(sentence, README)
+    assert found, f"not in the README: {sentence}"
+    return [float(number) for number in found.groups()]
+
+
+# Many students on one machine
+TRAIN = """
+from helpers import data, hardware, models, training
+from peft import LoraConfig, get_peft_model
+from transformers import set_seed
+model, tokenizer = models.load_base("smollm2-135m"), models.load_tokenizer("smollm2-135m")
+set_seed(0)
+model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+rows = data.encode(data.load_commands("train"), tokenizer)
+options = dict(max_steps=5, per_device_train_batch_size=8, learning_rate=1e-3)
+arguments = training.training_arguments(hardware.profile(), "outputs", **options)
+trainer = training.build_trainer(model, arguments, tokenizer, rows)
+print("seconds a step:", trainer.train().metrics["train_runtime"] / 5)
+"""
+
+
+def _unprivileged():
+    """Return the words before a command that have it obey the permissions of files, for root too."""
+    if os.geteuid() != 0:
+        return []
+    if not shutil.which("setpriv"):
+        pytest.skip("root may write everywhere, and setpriv is not there")
+    return ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+
+
+@pytest.fixture
+def read_only():
+    """A function that takes the right to write from a folder, until the test is over."""
+    changed = []
+
+    def take(folder):
+        for path in [*folder.rglob("*"), folder]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+            changed.append(path)
+
+    yield take
+    for path in changed:
+        path.chmod(0o755)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs file permissions as POSIX has them")
+def test_a_cache_that_is_read_only_is_used(tmp_path, read_only):
+    cache = tmp_path / "cache"
+    (cache / fetch.FOLDER).mkdir(parents=True)
+    (cache / fetch.FOLDER / "model.safetensors").write_bytes(b"weights")
+    fetch._seal(cache / fetch.FOLDER)
+    read_only(cache)
+    before = [(path, path.stat().st_mtime_ns) for path in sorted(cache.rglob("*"))]
+    words = [*_unprivileged(), sys.executable, "-c"]
+    environment = os.environ | {"LORA_LAB_CACHE": str(cache)}
+    run = subprocess.run([*words, f"open({str(cache / 'x')!r}, 'w')"], capture_output=True, text=True)
+    assert "PermissionError" in run.stderr
+    code = "from helpers.fetch import fetch_smollm2; print(fetch_smollm2())"
+    run = subprocess.run([*words, code], env=environment, capture_output=True, text=True)
+    assert run.stdout == f"{cache / fetch.FOLDER}\n", run.stderr
+    assert [(path, path.stat().st_mtime_ns) for path in sorted(cache.rglob("*"))] == before
+
+
+def _memory(pid, of=""):
+    """Return the GB that a process has in memory, and shares of it, in all or of one mapped file."""
+    found, counts = {"Rss": 0.0, "Shared_Clean": 0.0}, False
+    for line in Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8").splitlines():
+        kind, _, value = line.partition(":")
+        if not kind.isidentifier():
+            counts = of in line
+        elif counts and kind in found:
+            found[kind] += int(value.split()[0]) * 1024 / 1e9
+    return found
+
+
+def _peak(pid):
+    """Return the GB that a process has had in memory at its peak."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
+
+
+@pytest.mark.offline
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's /proc")
+def test_students_share_the_model_in_memory(tmp_path, smollm2, read_only, monkeypatch, capsys):
+    """One, two, three kernels that train side by side, from a cache that they cannot write to."""
+    shutil.copytree(smollm2, tmp_path / "cache" / fetch.FOLDER)
+    read_only(tmp_path / "cache")
+    monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    table = []
+    for students in (1, 2, 3):
+        managers, clients, said = [], [], []
+        try:
+            for _ in range(students):
+                manager = KernelManager()
+                manager.kernel_spec.argv[:0] = _unprivileged()
+                manager.start_kernel(cwd=str(tmp_path))
+                managers.append(manager)
+                clients.append(manager.blocking_client())
+                clients[-1].start_channels()
+                clients[-1].wait_for_ready(timeout=120)
+
+            def train(client, said=said):
+                reply = client.execute_interactive(TRAIN, timeout=900, output_hook=lambda m: said.append(m["content"]))
+                said.append(reply["content"])
+
+            threads = [threading.Thread(target=train, args=(client,)) for client in clients]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            pids = [manager.provisioner.pid for manager in managers]
+            replies = [content for content in said if "status" in content]
+            assert [content["status"] for content in replies] == ["ok"] * students, said
+            model = [_memory(pid, "model.safetensors") for pid in pids]
+            assert min(kinds["Rss"] for kinds in model) > 0.4, "the weights are mapped from the file, not copied"
+            if students > 1:
+                assert min(kinds["Shared_Clean"] for kinds in model) > 0.4, "all kernels have the same copy in memory"
+            text = "".join(content.get("text", "") for content in said)
+            table.append(
+                {
+                    "students": students,
+                    "peak of one, GB": max(map(_peak, pids)),
+                    "its model, GB": max(kinds["Rss"] for kinds in model),
+                    "shared, GB": min(_memory(pid)["Shared_Clean"] for pid in pids),
+                    "threads": max(psutil.Process(pid).num_threads() for pid in pids),
+                    "seconds a step": max(float(x) for x in re.findall(r"seconds a step: ([\d.]+)", text)),
+                }
+            )
+        finally:
+            for client, manager in zip(clients, managers, strict=False):
+                client.stop_channels()
+                manager.shutdown_kernel(now=True)
+    with capsys.disabled():
+        print("\n" + pd.DataFrame(table).round(2).to_string(index=False))
+    first, more, class_size, all_of_them = _stated(
+        r"student takes up to ([\d.]+) GB and each further one up to ([\d.]+) GB; so (\d+) students need about (\d+) GB"
+    )
+    assert all_of_them == round(first + (class_size - 1) * more)
+    # The peak of a process counts what it shares with others, which the second student has for nothing.
+    alone, last = table[0]["peak of one, GB"], table[-1]
+    assert [alone, last["peak of one, GB"] - last["shared, GB"]] == pytest.approx([first, more], rel=0.25)
