@@ -71,7 +71,9 @@ class _Quiz(ipywidgets.VBox):
     text = ""
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        return super()._repr_mimebundle_(**kwargs) | {"text/plain": self.text}
+        # As ipywidgets 8 makes it. ipywidgets 7 has no such method, and shows the box in another way, without the text.
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
+        return {"text/plain": self.text, "application/vnd.jupyter.widget-view+json": view}
 
 
 def quiz(question: str, answers: Mapping[str, str], right: int) -> ipywidgets.VBox:

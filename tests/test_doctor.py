@@ -81,6 +81,12 @@ def test_a_failed_check_names_the_remedy(provoke, check, message, capsys, tmp_pa
     assert lines[-1] == f"1 of {len(lines) - 1} checks failed."
 
 
+def test_a_full_disk_is_no_fault_once_the_model_is_there(capsys, monkeypatch, smollm2):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 10**8))
+    doctor()
+    assert "[OK]   disk: 0 GB free" in capsys.readouterr().out
+
+
 def test_a_wrong_round_trip_through_4_bits_is_noticed(capsys, monkeypatch):
     import bitsandbytes.functional as bnb
 
@@ -95,6 +101,7 @@ def test_a_torchao_that_breaks_peft_is_noticed(tmp_path):
     (tmp_path / "torchao" / "__init__.py").write_text("")
     (tmp_path / "torchao-0.10.0.dist-info").mkdir()
     (tmp_path / "torchao-0.10.0.dist-info" / "METADATA").write_text("Name: torchao\nVersion: 0.10.0\n")
+    (tmp_path / "torchao-0.10.0.dist-info" / "top_level.txt").write_text("torchao\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "LORA_LAB_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "helpers", "doctor"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -115,14 +115,6 @@ def test_closing_sections(path):
 
 
 @each_notebook
-def test_set_up_is_one_cell_and_the_same_everywhere(path):
-    setup = _code_cells(path)[0].source
-    assert setup.startswith('import os\n\nif "COLAB_RELEASE_TAG" in os.environ:')
-    assert f'%pip install -q "lora-lab @ git+https://github.com/{REPOSITORY}"' in setup
-    assert sum("COLAB_RELEASE_TAG" in cell.source for cell in _code_cells(path)) == 1
-
-
-@each_notebook
 def test_cells_are_short(path):
     for cell in _code_cells(path)[1:]:  # the first is the set-up
         assert len(cell.source.splitlines()) <= 30, cell.source
