@@ -1,22 +1,60 @@
-"""What tests/ and notebooks/ share: seeds, no network, a clean working folder for each notebook, and the model.
+"""What tests/ and notebooks/ share: seeds, no network, a clean working folder for each notebook, the model, the record.
 
 It is at the top because pytest applies a conftest only to the folders below it.
 """
 
+import json
 import os
+import platform
 import random
+import re
+import shlex
 import tempfile
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
-from helpers.fetch import fetch_smollm2
+from helpers.fetch import cache_dir, fetch_smollm2
+from helpers.folders import write_whole
+from helpers.hardware import profile
 
 import nbval.plugin
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the notebooks' kernels inherit it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# In CI a skipped test is a failed one, unless its reason is one of these, with what runs it there. So no test can be
+# skipped everywhere without anyone seeing it.
+ALLOWED_SKIPS = {
+    "needs a CUDA GPU": "gpu.yml",
+    "needs a GPU with bf16": "gpu.yml, on a GPU that has it",
+    "needs a CPU with AVX512-BF16": "any machine with such a CPU; some of GitHub's have one",
+    "bitsandbytes packs 4-bit weights on CPUs with AVX512-BF16 only": "any machine with such a CPU",
+    "this version of bitsandbytes does not repack weights": "tests.yml, with the newest version",
+    "about the fallback on a CPU": "tests.yml, on a CPU",
+}
+ALLOWED_ELSEWHERE = {  # on macOS and Windows; Linux runs these in tests.yml
+    "needs file permissions as POSIX has them",
+    "needs setrlimit",
+    "forks a process to kill it",
+    "SIGKILL and fork need a Unix",
+    "reads Linux's /proc",
+}
+# What a notebook prints about the end of a training; the record keeps these lines.
+RESULT_LINE = re.compile(
+    r"step +(\d+) of \1: .*loss|\d+ (updates|steps)[,;] loss|validation loss: |exact match.*\d|.* \d+ of \d+ right",
+    re.I,
+)
+
+# Every test and cell that was collected, before any is deselected: {path: the set of markers of each}.
+COLLECTED: pytest.StashKey[dict[str, list[set[str]]]] = pytest.StashKey()
 
 _smollm2: list[Path | str] = []  # the folder, or why there is none; asked for once
 
@@ -54,15 +92,50 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
         collector.skip_compare += ("stderr",)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    collected = config.stash[COLLECTED] = {}
+    for item in items:
+        markers = {marker.name for marker in item.iter_markers()}
+        sets = collected.setdefault(item.nodeid.split("::")[0], [])
+        if markers not in sets:
+            sets.append(markers)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
+        asked_for = item.config.option.markexpr == "cuda"  # then a machine whose GPU is not seen must not pass
+        (pytest.fail if asked_for else pytest.skip)("needs a CUDA GPU")
     if isinstance(item, nbval.plugin.IPyNbCell) and "smollm2-135m" in item.parent.path.read_text(encoding="utf-8"):
         smollm2_or_skip()
 
 
+def _reason(report: pytest.TestReport) -> str:
+    if hasattr(report, "wasxfail"):
+        return f"expected to fail: {report.wasxfail}"
+    return report.longrepr[2].removeprefix("Skipped: ")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    if report.skipped and os.environ.get("CI"):
+        reason = _reason(report)
+        if reason not in ALLOWED_SKIPS and (platform.system() == "Linux" or reason not in ALLOWED_ELSEWHERE):
+            report.outcome = "failed"
+            report.longrepr = f"skipped in CI, for a reason that conftest.py does not allow: {reason}"
+    return report
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help_ = "write what the run found (device, versions, date, seconds, outcomes, losses) to FILE, as JSON"
+    parser.addoption("--results", metavar="FILE", type=Path, help=help_)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Have nbval start each kernel in an empty folder, not in notebooks/, so that a run leaves nothing behind."""
+    if config.option.results and not config.option.collectonly:
+        config.pluginmanager.register(Record(config))
     start_in_notebooks = nbval.plugin.RunningKernel
 
     def start_in_empty_folder(kernel_name: str, cwd: str, **options: object) -> nbval.plugin.RunningKernel:
@@ -72,3 +145,101 @@ def pytest_configure(config: pytest.Config) -> None:
 
     nbval.plugin.RunningKernel = start_in_empty_folder
     config.add_cleanup(lambda: setattr(nbval.plugin, "RunningKernel", start_in_notebooks))
+
+
+def _versions() -> dict[str, str]:
+    names = sorted(Requirement(line).name for line in metadata.requires("lora-lab") or [] if "extra ==" not in line)
+    return {name: metadata.version(name) for name in names}
+
+
+def _bytes_of_packages(name: str, extras: frozenset[str], seen: set) -> int:
+    """The disk that an installed package takes with its extras, and with all that it needs and `seen` has not."""
+    if (name, extras) in seen:
+        return 0
+    total = 0
+    package = metadata.distribution(name)
+    if name not in {other for other, _ in seen}:
+        files = [Path(file.locate()) for file in package.files or []]
+        total = sum(-(-file.stat().st_size // 4096) * 4096 for file in files if file.is_file())  # in blocks of 4 KiB
+    seen.add((name, extras))
+    for requirement in map(Requirement, package.requires or []):
+        wanted = [not requirement.marker or requirement.marker.evaluate({"extra": extra}) for extra in extras | {""}]
+        if any(wanted):
+            total += _bytes_of_packages(canonicalize_name(requirement.name), frozenset(requirement.extras), seen)
+    return total
+
+
+def chosen(config: pytest.Config) -> list[str]:
+    """Return the arguments of this run that may change what is run or compared: all but a few that do not."""
+    harmless = re.compile(r"--results=.*|--durations=\d+|-[qv]+|--results|" + re.escape(str(config.option.results)))
+    given = [*os.environ.get("PYTEST_ADDOPTS", "").split(), *config.invocation_params.args]
+    return [argument for argument in given if not harmless.fullmatch(argument)]
+
+
+class Record:
+    """What `--results FILE` writes when the run has come to its end. A run that is cut short writes nothing."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config, self.file = config, config.option.results
+        if not self.file.absolute().parent.is_dir():
+            raise pytest.UsageError(f"--results {self.file}: make the folder {self.file.parent} first")
+        self.start = time.monotonic()
+        self.outcomes: dict[pytest.Item, str] = {}
+        self.skips: Counter[str] = Counter()
+        self.notebooks: dict[str, dict] = {}
+        self.message = f"no results in {self.file}: the run was cut short"
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo):
+        report = yield
+        if report.skipped:
+            self.skips[_reason(report)] += 1
+        if report.when == "setup" or (not report.passed and self.outcomes[item] != "failed"):
+            self.outcomes[item] = report.outcome
+        if isinstance(item, nbval.plugin.IPyNbCell):
+            empty = {"seconds": 0.0, "passed": 0, "failed": 0, "uncompared": 0, "lines": []}
+            notebook = self.notebooks.setdefault(item.path.stem, empty)
+            notebook["seconds"] += report.duration  # with the kernel's start in the first cell, its end in the last
+            if report.when == "call":
+                texts = [out.get("text", "") for out in item.test_outputs or [] if out.get("name") == "stdout"]
+                lines = [line.strip() for line in "".join(texts).splitlines()]
+                notebook["lines"] += [line for line in lines if RESULT_LINE.match(line)]
+            if report.when == "teardown":
+                notebook["uncompared"] += not item.options["check"]
+                if self.outcomes[item] in notebook:
+                    notebook[self.outcomes[item]] += 1
+        return report
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus not in (0, 1) or len(self.outcomes) != session.testscollected:
+            return
+        tests = Counter(got for item, got in self.outcomes.items() if not isinstance(item, nbval.plugin.IPyNbCell))
+        for notebook in self.notebooks.values():
+            notebook["seconds"] = round(notebook["seconds"], 1)
+        given = chosen(self.config)
+        machine, smollm2 = profile(), cache_dir() / "smollm2-135m"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        record = {
+            "complete": not given,  # every test and every notebook, compared with the stored outputs
+            "command": shlex.join(["pytest", *given]),
+            "date": datetime.now(UTC).date().isoformat(),
+            "device": f"{cores} CPU cores" if machine.device == "cpu" else machine.name,
+            "system": platform.system(),
+            "versions": {"python": platform.python_version(), **_versions()},
+            "bytes": {
+                "packages": _bytes_of_packages("lora-lab", frozenset({"lab"}), set()),
+                "model": sum(file.stat().st_size for file in smollm2.glob("*") if file.is_file()),
+            },
+            "seconds": round(time.monotonic() - self.start),
+            "tests": {
+                "passed": tests["passed"],
+                "failed": tests["failed"],
+                "skipped": dict(sorted(self.skips.items())),
+            },
+            "notebooks": dict(sorted(self.notebooks.items())),
+        }
+        write_whole(self.file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        self.message = f"results in {self.file}"
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.write_line(self.message)

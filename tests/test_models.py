@@ -43,12 +43,12 @@ def test_tiny_knows_its_world(tokenizer):
 
 
 def _lora_run(model, tokenizer, tmp_path):
-    """60 steps of LoRA on the sample task; returns the validation loss and the exact match on the test split."""
+    """40 steps of LoRA on the sample task; returns the validation loss and the exact match on the test split."""
     set_seed(0)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     arguments = training.training_arguments(
-        profile(), tmp_path, max_steps=60, per_device_train_batch_size=16, learning_rate=5e-3, logging_steps=60
+        profile(), tmp_path, max_steps=40, per_device_train_batch_size=16, learning_rate=5e-3, logging_steps=40
     )
     rows = data.encode(data.load_commands("train"), tokenizer)
     training.build_trainer(model, arguments, tokenizer, rows).train()

@@ -15,19 +15,6 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-# Colab's published freeze list of 2026-08-19, GPU runtime: what must not be re-installed there.
-COLAB = {
-    "torch": "2.11.0",
-    "transformers": "5.15.0",
-    "peft": "0.20.0",
-    "accelerate": "1.14.0",
-    "datasets": "4.0.0",
-    "numpy": "2.1.3",
-    "matplotlib": "3.10.0",
-    "ipywidgets": "7.7.1",
-    "psutil": "5.9.5",
-}
 
 
 def test_environment_yml_only_brings_python_and_pip():
@@ -35,15 +22,10 @@ def test_environment_yml_only_brings_python_and_pip():
     python, pip, by_pip = environment["dependencies"]
     assert pip == "pip"
     assert by_pip == {"pip": ["-e .[lab,test]"]}
-    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"lab", "test", "benchmark"}
+    extras = {"lab", "test", "benchmark", "colab", "site", "browser"}
+    assert set(PYPROJECT["project"]["optional-dependencies"]) == extras
     assert python.removeprefix("python").split(",")[0] == PYPROJECT["project"]["requires-python"]
     assert environment["name"] == PYPROJECT["project"]["name"]
-
-
-def test_colab_satisfies_the_lower_bounds():
-    requirements = {r.name: r for r in map(Requirement, PYPROJECT["project"]["dependencies"])}
-    for name, version in COLAB.items():
-        assert requirements[name].specifier.contains(version), name
 
 
 def test_every_import_is_declared():
@@ -81,18 +63,6 @@ def test_the_version_is_the_same_everywhere():
     assert str(citation["version"]) == helpers.__version__
     assert citation["repository-code"] == PYPROJECT["project"]["urls"]["Repository"]
     assert citation["license"] == PYPROJECT["project"]["license"]
-
-
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflows_have_least_permission_and_pinned_actions(path):
-    text = path.read_text(encoding="utf-8")
-    workflow = yaml.safe_load(text)
-    assert workflow["permissions"] == {}
-    for job in workflow["jobs"].values():
-        assert job["permissions"] == {"contents": "read"}
-        assert job["timeout-minutes"] <= 120
-    for action in re.findall(r"uses: (\S+)", text):
-        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action), action
 
 
 def test_the_bug_report_asks_for_the_doctor():
