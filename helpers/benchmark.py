@@ -88,21 +88,6 @@ RECIPES: tuple[Recipe, ...] = (
 )
 
 
-class LabelColumns(data.Collator):
-    """Pad rows, and ask for logits only in those columns of the batch that predict a label in some row.
-
-    To what `helpers.data.Collator` returns it adds `logits_to_keep`, the columns' numbers, and `shift_labels`, for each
-    kept logit the label that it is scored with. Transformers' causal models take both.
-    """
-
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        batch = super().__call__(rows)
-        following = batch["labels"][:, 1:]  # the label at t + 1 is predicted at t
-        batch["logits_to_keep"] = (following != data.IGNORE_INDEX).any(dim=0).nonzero().flatten()
-        batch["shift_labels"] = following[:, batch["logits_to_keep"]]
-        return batch
-
-
 class _Turns(TrainerCallback):
     """Wait for a turn before each step, and send its seconds after it."""
 
@@ -154,7 +139,7 @@ def build(recipe: Recipe, model: Any, tokenizer: Any, steps: int, output_dir: st
     if recipe.grouped:
         settings["train_sampling_strategy"] = "group_by_length"
     arguments = training.training_arguments(hardware.profile(), output_dir, **settings)
-    collator = LabelColumns(tokenizer) if recipe.labels_only else data.Collator(tokenizer)
+    collator = data.LabelColumns(tokenizer) if recipe.labels_only else data.Collator(tokenizer)
     return Trainer(
         model=get_peft_model(model, lora), args=arguments, data_collator=collator, processing_class=tokenizer,
         train_dataset=data.encode(data.load_commands("train"), tokenizer),
@@ -245,8 +230,8 @@ def speedups(records: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
 def main() -> None:
     """Run all recipes, store the record, and print how much faster than the plain way each is."""
     parser = argparse.ArgumentParser(prog="python -m helpers.benchmark", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--few-steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=3 * GROUP)
+    parser.add_argument("--few-steps", type=int, default=GROUP)
     parser.add_argument("--test-rows", type=int, default=64)
     parser.add_argument("--out", type=Path, default=RECORD)
     options = parser.parse_args()

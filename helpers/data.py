@@ -244,3 +244,20 @@ class Collator:
             key: torch.tensor([list(row[key]) + [value] * (longest - len(row[key])) for row in rows])
             for key, value in fill.items()
         }
+
+
+class LabelColumns(Collator):
+    """Pad rows on the left, and ask for logits only in those columns of the batch that predict a label in some row.
+
+    A row ends with its completion, so with the padding on the left the completions share their columns. To what
+    `Collator` returns this adds `logits_to_keep`, the columns' numbers, and `shift_labels`, for each kept
+    logit the label that it is scored with. Transformers' causal models take both.
+    """
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        reversed_rows = [{name: values[::-1] for name, values in row.items()} for row in rows]
+        batch = {name: padded.flip(1) for name, padded in super().__call__(reversed_rows).items()}
+        following = batch["labels"][:, 1:]  # the label at t + 1 is predicted at t
+        batch["logits_to_keep"] = (following != IGNORE_INDEX).any(dim=0).nonzero().flatten()
+        batch["shift_labels"] = following[:, batch["logits_to_keep"]]
+        return batch

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import helpers
 from helpers import benchmark, data
-from helpers.benchmark import LabelColumns, Recipe
+from helpers.benchmark import Recipe
+from helpers.data import LabelColumns
 from helpers.models import TINY, load_base, load_tokenizer
 
 import nbformat
@@ -100,10 +101,11 @@ def test_logits_of_label_columns_give_the_same_loss_and_gradient(collator, items
     assert fewer_loss == pytest.approx(loss, rel=1e-6)  # the loss is taken in float32
     assert torch.allclose(fewer_gradient, gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item())
     logits = exact(**batch).logits
-    assert logits.shape[1] == len(batch["logits_to_keep"]) < plain["input_ids"].shape[1] - 1
-    assert {name: value.tolist() for name, value in plain.items()}.items() <= {
-        name: value.tolist() for name, value in batch.items()
-    }.items()
+    # Padded on the left: each row with its own tokens and labels, and the completions in the same last columns.
+    assert logits.shape[1] == len(batch["logits_to_keep"]) == (plain["labels"] != data.IGNORE_INDEX).sum(dim=1).max()
+    assert batch["attention_mask"][:, -1].all()
+    for name in ("input_ids", "labels"):
+        assert torch.equal(batch[name][batch["attention_mask"] == 1], plain[name][plain["attention_mask"] == 1])
 
 
 def test_only_columns_without_any_label_are_left_out(encoded):
@@ -237,7 +239,7 @@ def test_the_stored_record_is_complete():
         settings = asdict(recipe) | {"targets": list(recipe.targets)}
         assert {name: stored[name] for name in settings} == settings
     assert {"torch", "transformers", "peft", "accelerate", "trl"} <= record["versions"].keys()
-    assert record["settings"]["steps"] == 30
+    assert record["settings"]["steps"] == 36
 
 
 def test_the_command_writes_a_record_and_leaves_trl_out_where_there_is_none(on_tiny, monkeypatch, tmp_path, capsys):
