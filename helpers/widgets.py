@@ -79,7 +79,7 @@ class _Quiz(ipywidgets.VBox):
 def quiz(question: str, answers: Mapping[str, str], right: int) -> ipywidgets.VBox:
     """Return a question with radio buttons, and below them what the answers say about the one that is chosen.
 
-    Nothing is chosen at first. Radio buttons are reached and moved by the keyboard: tab, arrows, space. Where widgets
+    Nothing is chosen at first. On the keyboard, Tab moves between the buttons and Space chooses. Where widgets
     are not shown, as on GitHub, the question and its answers are there as text.
 
     Args:
