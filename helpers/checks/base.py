@@ -9,9 +9,8 @@ from types import ModuleType
 import torch
 
 CORRECT, WRONG, STUB, NOT_RUN = "correct", "Wrong", "Not written", "Check not run"
-_results: dict[
-    str, str
-] = {}  # the last result of each check, by the check's module and name, in the order of the calls
+# The last result of each check, by the check's module and name, in the order of the calls.
+_results: dict[str, str] = {}
 
 
 class Hint(Exception):
