@@ -3,7 +3,7 @@
 import ast
 import json
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import helpers
@@ -144,9 +144,13 @@ def test_a_recipe_changes_what_it_says_and_no_more(on_tiny, tmp_path):
     columns, losses_of_columns = trained(Recipe("columns", labels_only=True), tmp_path)
     recomputing, losses_of_recomputing = trained(Recipe("checkpointing", checkpointing=True), tmp_path)
     grouped, losses_of_grouped = trained(Recipe("grouped", grouped=True), tmp_path)
+    rounded, losses_of_rounded = trained(Recipe("bfloat16", bf16=True), tmp_path)
     assert losses_of_columns == pytest.approx(losses, abs=1e-4)
     assert losses_of_recomputing == pytest.approx(losses, abs=1e-4)
     assert losses_of_grouped != pytest.approx(losses, abs=1e-2)  # other batches
+    assert losses_of_rounded == pytest.approx(losses, abs=0.05)
+    assert losses_of_rounded != pytest.approx(losses, abs=1e-5)
+    assert {p.dtype for p in rounded.model.parameters()} == {torch.float32}
     assert recomputing.model.base_model.model.model.layers[0].gradient_checkpointing
     assert not plain.model.base_model.model.model.layers[0].gradient_checkpointing
     assert isinstance(columns.data_collator, LabelColumns)
@@ -181,6 +185,15 @@ def test_recipes_take_turns_and_go_to_the_end(on_tiny, capsys):
     assert "test_loss" not in second
     assert "step 3 of 3" in capsys.readouterr().out
     json.dumps([first, second])
+
+
+def test_recipes_in_one_process_keep_their_own_precision(on_tiny):
+    plain = Recipe("plain", learning_rate=5e-3, to_the_end=True)
+    recipes = (plain, replace(plain, name="bfloat16", bf16=True), replace(plain, name="again"))
+    losses = {record["name"]: record["test_loss"] for record in benchmark.run(recipes, 3, 3, 2)}
+    assert losses["again"] == losses["plain"]
+    assert losses["bfloat16"] != losses["plain"]
+    assert losses["bfloat16"] == pytest.approx(losses["plain"], rel=0.02)
 
 
 def test_a_recipe_that_fails_is_named(on_tiny, monkeypatch):
@@ -224,7 +237,7 @@ def test_only_whole_groups_of_batches_count():
 def test_the_recipes_that_are_compared_train_as_many_parameters():
     record = json.loads(benchmark.RECORD.read_text(encoding="utf-8"))
     compared = [recipe for recipe in record["recipes"] if recipe["to_the_end"]]
-    assert len(compared) == 4
+    assert len(compared) == 5
     assert len({recipe["adapter_parameters"] for recipe in compared}) == 1
 
 
