@@ -196,6 +196,21 @@ def test_recipes_in_one_process_keep_their_own_precision(on_tiny):
     assert losses["bfloat16"] == pytest.approx(losses["plain"], rel=0.02)
 
 
+def test_a_recipe_in_bfloat16_is_evaluated_in_float32(on_tiny, monkeypatch):
+    dtypes = set()
+
+    def look(model, *arguments):
+        projection = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.base_layer")
+        hook = projection.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+        hook.remove()
+        return 1.0
+
+    monkeypatch.setattr(benchmark.evaluation, "completion_loss", look)
+    benchmark.run((Recipe("bfloat16", bf16=True, to_the_end=True),), 1, 1, 1)
+    assert dtypes == {torch.float32}
+
+
 def test_a_recipe_that_fails_is_named(on_tiny, monkeypatch):
     def fail(*arguments):
         raise KeyError("no")
