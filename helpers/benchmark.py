@@ -126,6 +126,7 @@ def build(recipe: Recipe, model: Any, tokenizer: Any, steps: int, output_dir: st
         "max_steps": steps,
         "per_device_train_batch_size": BATCH_SIZE,
         "learning_rate": recipe.learning_rate,
+        "bf16": recipe.bf16,
         "logging_steps": steps + 1,
     }
     if recipe.checkpointing is not None:
@@ -134,15 +135,13 @@ def build(recipe: Recipe, model: Any, tokenizer: Any, steps: int, output_dir: st
         import trl
 
         plain = training.training_arguments(hardware.profile(), output_dir)
-        same = ("lr_scheduler_type", "warmup_steps", "save_strategy", "report_to", "use_cpu", "disable_tqdm", "bf16")
+        same = ("lr_scheduler_type", "warmup_steps", "save_strategy", "report_to", "use_cpu", "disable_tqdm")
         settings |= {name: getattr(plain, name) for name in same}
         arguments = trl.SFTConfig(output_dir=output_dir, dataloader_pin_memory=False, **settings)
         given = {"model": model, "processing_class": tokenizer, "peft_config": lora}
         return trl.SFTTrainer(args=arguments, train_dataset=data.load_commands("train"), **given)
     if recipe.grouped:
         settings["train_sampling_strategy"] = "group_by_length"
-    if recipe.bf16:
-        settings["bf16"] = True
     arguments = training.training_arguments(hardware.profile(), output_dir, **settings)
     collator = data.LabelColumns(tokenizer) if recipe.labels_only else data.Collator(tokenizer)
     return Trainer(
