@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +30,9 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
+ROOT = Path(__file__).parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # the notebooks' kernels inherit it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -55,9 +58,6 @@ RESULT_LINE = re.compile(
     r"step +(\d+) of \1: .*loss|\d+ (updates|steps)[,;] loss|validation loss: |exact match.*\d|.* \d+ of \d+ right",
     re.I,
 )
-
-# Every test and cell that was collected, before any is deselected: {path: the set of markers of each}.
-COLLECTED: pytest.StashKey[dict[str, list[set[str]]]] = pytest.StashKey()
 
 _smollm2: list[Path | str] = []  # the folder, or why there is none; asked for once
 
@@ -111,16 +111,6 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
         collector.skip_compare += ("stderr",)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    collected = config.stash[COLLECTED] = {}
-    for item in items:
-        markers = {marker.name for marker in item.iter_markers()}
-        sets = collected.setdefault(item.nodeid.split("::")[0], [])
-        if markers not in sets:
-            sets.append(markers)
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         asked_for = item.config.option.markexpr == "cuda"  # then a machine whose GPU is not seen must not pass
@@ -169,6 +159,22 @@ def pytest_configure(config: pytest.Config) -> None:
 def _versions() -> dict[str, str]:
     names = sorted(Requirement(line).name for line in metadata.requires("lora-lab") or [] if "extra ==" not in line)
     return {name: metadata.version(name) for name in names}
+
+
+def off_lock(lock: str) -> dict[str, str]:
+    """Return what is installed in another version than a lock's text says for this machine: {package: "1.1, not 1.0"}.
+
+    A build of the version counts as the version: torch 2.13.0+cpu is 2.13.0. What the lock has and this environment has
+    not (an extra's, or CUDA's libraries beside a CPU build) is no difference.
+    """
+    found = {}
+    for line in map(Requirement, (line for line in lock.splitlines() if line and not line.startswith("#"))):
+        if line.marker is None or line.marker.evaluate():
+            with suppress(metadata.PackageNotFoundError):
+                here = metadata.version(line.name)
+                if not line.specifier.contains(Version(here).public, prereleases=True):
+                    found[line.name] = f"{here}, not {str(line.specifier).removeprefix('==')}"
+    return found
 
 
 def _bytes_of_packages(name: str, extras: frozenset[str], seen: set) -> int:
@@ -245,6 +251,7 @@ class Record:
             "device": f"{cores} CPU cores" if machine.device == "cpu" else machine.name,
             "system": platform.system(),
             "versions": {"python": platform.python_version(), **_versions()},
+            "off_lock": off_lock((ROOT / "constraints.txt").read_text(encoding="utf-8")),
             "bytes": {
                 "packages": _bytes_of_packages("lora-lab", frozenset({"lab"}), set()),
                 "model": sum(file.stat().st_size for file in smollm2.glob("*") if file.is_file()),
@@ -255,6 +262,7 @@ class Record:
                 "failed": tests["failed"],
                 "skipped": dict(sorted(self.skips.items())),
             },
+            "failed": [item.nodeid for item, got in self.outcomes.items() if got == "failed"],
             "notebooks": dict(sorted(self.notebooks.items())),
         }
         write_whole(self.file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")

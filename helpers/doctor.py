@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import shutil
 import sys
 import warnings
@@ -24,10 +25,10 @@ def doctor(only_failures: bool = False) -> int:
     """Print one line per check of this machine, or only the failed ones, and return 0 if all passed, 1 otherwise."""
     checks: list[tuple[str, Callable[[], str]]] = [
         ("python", _python),
-        *((name, lambda name=name, bound=bound: _package(name, bound)) for name, bound in requirements()),
+        *((name, lambda name=name, needs=needs: _package(name, needs)) for name, needs in requirements()),
         ("torch device", _device),
         ("bitsandbytes backend", _bitsandbytes),
-        ("adapter", _peft),
+        ("adapter", _adapter),
         ("disk", _disk),
         ("model cache", _cache),
         ("notebook kernel", _kernel),
@@ -52,13 +53,13 @@ def doctor(only_failures: bool = False) -> int:
 
 
 def requirements() -> list[tuple[str, str]]:
-    """Return the (package, lower bound) pairs that lora-lab's metadata declares, bound "" where it has none."""
+    """Return the (package, specifier) pairs that lora-lab's metadata declares, such as ("torch", ">=2.7")."""
     pairs = []
     for line in metadata.requires("lora-lab") or []:
         requirement, _, marker = line.partition(";")
         if "extra" not in marker:
-            name, _, bound = requirement.strip().partition(">=")
-            pairs.append((name.strip(), bound.strip()))
+            name, specifier = re.fullmatch(r"([\w.-]+)(.*)", requirement.strip()).groups()  # type: ignore[union-attr]
+            pairs.append((name, specifier.strip()))
     return pairs
 
 
@@ -69,17 +70,21 @@ def _python() -> str:
     return f"{found} on {platform.system()} {platform.machine()}"
 
 
-def _package(name: str, bound: str) -> str:
-    from packaging.version import Version
+def _package(name: str, specifier: str) -> str:
+    from packaging.specifiers import SpecifierSet
 
-    remedy = f'`{Path(sys.executable).name} -m pip install "{name}{">=" + bound if bound else ""}"`'
+    remedy = f'`{_pip()} "{name}{specifier}"`'
     try:
         found = metadata.version(name)
     except metadata.PackageNotFoundError:
         raise Problem(f"not installed; {remedy}") from None
-    if bound and Version(found) < Version(bound):
-        raise Problem(f"{found} is older than {bound}; {remedy}")
-    return f"{found}" + (f" (needs {bound} or newer)" if bound else "")
+    if not SpecifierSet(specifier).contains(found, prereleases=True):
+        raise Problem(f"{found} does not fit {specifier}; {remedy}")
+    return found + (f" (needs {specifier})" if specifier else "")
+
+
+def _pip() -> str:
+    return f"{Path(sys.executable).name} -m pip install"
 
 
 def _device() -> str:
@@ -121,20 +126,37 @@ def _bitsandbytes() -> str:
     return f"NF4 works on {device}"
 
 
-def _peft() -> str:
-    """Add an adapter for real: PEFT 0.20 raises here when a torchao older than it wants is installed."""
+def _adapter() -> str:
+    """Add an adapter for real, by both ways that the course uses.
+
+    PEFT 0.20 raises here when a torchao older than it wants is installed, and transformers 5.24.0 with PEFT below 0.22.
+    """
     from helpers.models import load_base
 
     from peft import LoraConfig, get_peft_model
 
-    try:
-        model = get_peft_model(load_base("tiny", device="cpu"), LoraConfig(target_modules=["q_proj"]))
-    except ImportError as error:
-        if "torchao" in str(error):
-            raise Problem(f"{error} Remedy: `pip uninstall -y torchao`, or `pip install -U torchao`") from error
-        raise
-    trainable, total = model.get_nb_trainable_parameters()
-    return f"an adapter attaches to the tiny model ({trainable:,} of {total:,} parameters train)"
+    config = LoraConfig(target_modules=["q_proj"])
+    for add in (get_peft_model, lambda model, config: model.add_adapter(config) or model):
+        try:
+            model = add(load_base("tiny", device="cpu"), config)
+        except Exception as error:
+            raise Problem(_remedy_for_the_pair(error)) from error
+        trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if trains != 8192:  # 4 layers x (A of 8 x 128 + B of 128 x 8)
+            raise Problem(f"{trains:,} parameters of tiny train, and an adapter of rank 8 on q_proj has 8,192")
+    return f"get_peft_model and add_adapter attach one to the tiny model ({trains:,} parameters train)"
+
+
+def _remedy_for_the_pair(error: Exception) -> str:
+    if "torchao" in str(error):
+        return f"{error} Remedy: `pip uninstall -y torchao`, or `pip install -U torchao`"
+    transformers, peft = metadata.version("transformers"), metadata.version("peft")
+    lock = Path(__file__).parents[1] / "constraints.txt"  # in a clone: the versions that were tested
+    wanted = f'-c "{lock}" transformers peft' if lock.exists() else f'"transformers<{transformers}" "peft>={peft}"'
+    return (
+        f"transformers {transformers} and peft {peft} do not work together, {type(error).__name__}: {error} "
+        f"Remedy: `{_pip()} {wanted}`"
+    )
 
 
 def _disk() -> str:

@@ -248,8 +248,9 @@ class InOrder(Trainer):
 @pytest.mark.parametrize("peft", [False, True], ids=["plain", "peft"])
 def test_two_epochs_end_at_the_trainers_weights(peft, tmp_path):
     rows = [
-        row(length, labels, length) for length, labels in zip(range(4, 17), [1, 4, 2, 6, 3, 8] * 2 + [16], strict=True)
+        row(length, labels, length) for length, labels in zip(range(4, 17), [1, 4, 2, 6, 3, 8] * 2 + [15], strict=True)
     ]
+    # No row has a label at its first position: before Transformers 5.10 the Trainer counts that one too.
     base = BASES[torch.float32, peft]
     arguments = TrainingArguments(
         output_dir=tmp_path,

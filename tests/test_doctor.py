@@ -34,7 +34,8 @@ def test_every_check_prints_one_line_and_passes(capsys, tmp_path, monkeypatch):
 
 def test_the_packages_are_those_that_the_project_declares():
     declared = dict(requirements())
-    assert declared["torch"] == "2.6"
+    assert declared["torch"] == ">=2.7"
+    assert sorted(declared["transformers"].split(",")) == ["!=5.24.0", ">=5.4"]
     assert declared["pip"] == ""
     assert "pytest" not in declared
 
@@ -55,7 +56,11 @@ def _versions(**fake):
 @pytest.mark.parametrize(
     ("provoke", "check", "message"),
     [
-        (lambda m, p: m.setattr(doctor_module.metadata, "version", _versions(peft="0.9")), "peft", "0.9 is older than"),
+        (
+            lambda m, p: m.setattr(doctor_module.metadata, "version", _versions(gguf="0.9")),
+            "gguf",
+            "0.9 does not fit >=",
+        ),
         (lambda m, p: m.setattr(doctor_module.metadata, "version", _versions(gguf=None)), "gguf", "not installed;"),
         (lambda m, p: m.setattr(doctor_module.sys, "version_info", (3, 9, 1)), "python", "install Python 3.11"),
         (
@@ -109,6 +114,30 @@ def test_a_torchao_that_breaks_peft_is_noticed(tmp_path):
     [failed] = [line for line in run.stdout.splitlines() if line.startswith("[FAIL]")]
     assert failed.startswith("[FAIL] adapter: ")
     assert "pip uninstall -y torchao" in failed
+
+
+@pytest.mark.parametrize("clone", [True, False])
+def test_two_packages_that_do_not_work_together_are_named_with_the_remedy(clone, capsys, monkeypatch):
+    """As transformers 5.24.0 does with PEFT 0.21.2: add_adapter refuses it, get_peft_model does not."""
+
+    def refuse(self, config):
+        raise ValueError("The version of PEFT you are using is not compatible, please use a version >= 99")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.add_adapter", refuse)
+    if not clone:
+        monkeypatch.setattr(doctor_module, "__file__", "/site-packages/helpers/doctor.py")
+    assert doctor(only_failures=True) == 1
+    [failed, _] = capsys.readouterr().out.splitlines()
+    pair = f"transformers {metadata.version('transformers')} and peft {metadata.version('peft')}"
+    assert failed.startswith(f"[FAIL] adapter: {pair} do not work together, ValueError: The version of PEFT")
+    remedy = 'constraints.txt" transformers peft`' if clone else f'"transformers<{metadata.version("transformers")}"'
+    assert remedy in failed
+
+
+def test_an_adapter_that_trains_something_else_is_noticed(capsys, monkeypatch):
+    monkeypatch.setattr("peft.get_peft_model", lambda model, config: model)
+    assert doctor(only_failures=True) == 1
+    assert "[FAIL] adapter: 951,424 parameters of tiny train" in capsys.readouterr().out
 
 
 def test_fetch_says_where_the_model_is_or_what_went_wrong(capsys, tmp_path, monkeypatch):

@@ -209,7 +209,9 @@ def _assert_close(run, other):
     assert losses == pytest.approx(other_losses, abs=1e-6)
     assert len(losses) == 6
     for name in adapter:
-        torch.testing.assert_close(adapter[name], other_adapter[name], atol=1e-6, rtol=0)
+        # A wrong average moves weights by 1e-3. Where a gradient is nearly 0, Adam's division makes more of rounding:
+        # 4e-6 in 1 of 512 elements with torch 2.15, below 1e-6 with 2.13.
+        torch.testing.assert_close(adapter[name], other_adapter[name], atol=1e-5, rtol=0)
 
 
 def test_a_run_ends_with_adapter_and_metrics(runs):
@@ -388,9 +390,7 @@ def test_a_bad_file_is_named_with_its_row(tmp_path, rows, capsys):
     assert not list(tmp_path.glob("run*/final"))
 
 
-def test_a_wrong_parameter_is_named(tmp_path, rows, capsys, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # --fsdp sets it, and it would stay
-
+def test_a_wrong_parameter_is_named(tmp_path, rows, capsys):
     def error(number, *more):
         return _error(capsys, "--train", str(rows), "--output_dir", str(tmp_path / str(number)), more=more)
 
@@ -401,7 +401,7 @@ def test_a_wrong_parameter_is_named(tmp_path, rows, capsys, monkeypatch):
     assert "--save_only_model" in error(4, "--save_only_model", "true")
     assert "--enable_jit_checkpoint" in error(5, "--enable_jit_checkpoint", "true")
     assert "no/such/model" in error(6, "--model", "no/such/model")
-    assert "fsdp only works in distributed training" in error(7, "--fsdp")  # from transformers
+    assert "t most one of fp16 and bf16" in error(7, "--fp16", "true", "--bf16", "true")  # from transformers
 
 
 def test_other_settings_are_refused_before_and_after_the_end(runs, tmp_path, capsys):

@@ -11,9 +11,11 @@ import helpers
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+WORKFLOWS = [path.relative_to(ROOT).as_posix() for path in (ROOT / ".github" / "workflows").glob("*.yml")]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -21,7 +23,7 @@ def test_environment_yml_only_brings_python_and_pip():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     python, pip, by_pip = environment["dependencies"]
     assert pip == "pip"
-    assert by_pip == {"pip": ["-e .[lab,test]"]}
+    assert by_pip == {"pip": ["-c constraints.txt", "-e .[lab,test]"]}
     extras = {"lab", "test", "benchmark", "colab", "site", "browser"}
     assert set(PYPROJECT["project"]["optional-dependencies"]) == extras
     assert python.removeprefix("python").split(",")[0] == PYPROJECT["project"]["requires-python"]
@@ -44,11 +46,52 @@ def test_helpers_modules_are_small_and_keep_their_privates():
         assert not re.search(r"from helpers[.\w]* import [^\n]*\b_[a-z]", source), path.name
 
 
-@pytest.mark.parametrize("command", ["pip install -e .[lab,test]", "pytest", "ruff check .", "ruff format --check ."])
+@pytest.mark.parametrize(
+    "command", ["pip install -c constraints.txt -e .[lab,test]", "pytest", "ruff check .", "ruff format --check ."]
+)
 def test_ci_runs_the_commands_of_the_readme(command):
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace('"', "")
     assert command in script
     assert command in README.replace('"', "")
+
+
+def test_the_lock_has_every_dependency_within_its_bound():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    lock = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert not [pin for pin in lock if pin.url or pin.extras or not re.fullmatch(r"==[\w.]+", str(pin.specifier))]
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    needed = [*PYPROJECT["project"]["dependencies"], *(line for extra in extras.values() for line in extra)]
+    for requirement in map(Requirement, needed):
+        if requirement.name in ("pip", PYPROJECT["project"]["name"]):  # the first on purpose, see the lock's head
+            continue
+        pins = [pin for pin in lock if canonicalize_name(pin.name) == canonicalize_name(requirement.name)]
+        assert pins, f"{requirement.name} is not in constraints.txt; run `python .github/renew_lock.py`"
+        for pin in pins:
+            assert requirement.specifier.contains(str(pin.specifier).removeprefix("==")), f"{pin}, and {requirement}"
+    for python in ("3.11", "3.12", "3.13"):  # one version of each package on each system and Python
+        for system in ("linux", "darwin", "win32"):
+            here = {"python_version": python, "python_full_version": f"{python}.9", "sys_platform": system}
+            names = [pin.name for pin in lock if pin.marker is None or pin.marker.evaluate(here)]
+            assert len(names) == len(set(names))
+            assert {"torch", "transformers", "peft", "numpy", "jupyterlab", "pytest"} <= set(names)
+
+
+@pytest.mark.parametrize("file", ["README.md", "environment.yml", ".ci/run", *sorted(WORKFLOWS)])
+def test_what_installs_the_course_installs_the_lock(file):
+    """Not the jobs that are about other versions, nor Colab, which keeps its own."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    text = re.sub(r"--resolution lowest-direct.*|--upgrade .*", "", text)
+    for line in re.findall(r"^.*-e \"?\.\[.*$", text, flags=re.M):
+        assert "-c constraints.txt" in line or "- -c constraints.txt" in text, f"{file}: {line.strip()}"
+
+
+def test_a_test_that_hangs_is_stopped(tmp_path):
+    (tmp_path / "test_slow.py").write_text("import time\n\ndef test_hangs():\n    time.sleep(60)\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "-o", "timeout=1", "-p"]
+    run = subprocess.run([*command, "no:cacheprovider", str(tmp_path)], capture_output=True, text=True)
+    assert "1 failed" in run.stdout
+    assert "Timeout" in run.stdout
+    assert PYPROJECT["tool"]["pytest"]["ini_options"]["timeout"] > 600  # a cell's own limit
 
 
 def test_the_readme_lists_every_notebook():

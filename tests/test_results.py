@@ -1,29 +1,25 @@
-"""The record of a full run (.github/results.json), what the README takes from it, and the README's other numbers."""
+"""The records of runs (.github/results), and the README's tables, which are made from them."""
 
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import conftest
-from helpers import fetch
 
 import nbformat
 import pytest
-from safetensors import safe_open
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NOTEBOOKS = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
-# Numbers of these sections are checked by these files.
-ELSEWHERE = {"In a class": "test_classroom.py", "Colab": "test_colab.py", "The course as a web site": "test_site.py"}
-# Digits that are part of a name.
-NAMES = r"SmolLM2-135M(-Instruct)?|smollm2-135m|Apache-2\.0|SHA-256|\b4[- ]bits?\b|NF4|[Nn]otebook \d\d\b|^\| \d\d \|"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 spec = importlib.util.spec_from_file_location("results", ROOT / ".github" / "results.py")
 results = importlib.util.module_from_spec(spec)
@@ -31,94 +27,75 @@ spec.loader.exec_module(results)
 
 
 @pytest.fixture
-def record(request):
-    """The stored record. A run that is about to replace it has none to compare with."""
-    if request.config.option.results and request.config.option.results.resolve() == results.RECORD:
+def records(request):
+    """The stored records. While a run makes a new one, README and records need not fit."""
+    target = request.config.option.results
+    if target and target.resolve().parent == results.RECORDS:
         return None
-    return json.loads(results.RECORD.read_text(encoding="utf-8"))
+    return results.stored()
 
 
-def test_the_stored_record_is_of_a_full_run_without_failures(record):
-    if record is None:
+def test_the_readme_is_what_the_records_make(records):
+    if records is not None:
+        assert results.render(README, records) == README, "run `python .github/results.py`"
+
+
+def test_the_lock_s_record_is_of_a_full_run_on_these_versions_without_failures(records):
+    if records is None:
         return
-    results.check(record, NOTEBOOKS)
-    assert set(record["tests"]["skipped"]) <= set(conftest.ALLOWED_SKIPS)
-    for name in ("00_start_here", "08_qlora", "12_your_own_data"):  # those that train the real model
-        lines = "\n".join(record["notebooks"][name]["lines"])
-        assert "loss" in lines, name
-        assert re.search(r"[Ee]xact match|right", lines), name
+    lock = records["lock"]
+    assert lock["complete"], lock["command"]
+    assert lock["failed"] == []
+    assert lock["off_lock"] == {}
+    assert set(lock["notebooks"]) == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert set(lock["tests"]["skipped"]) <= set(conftest.ALLOWED_SKIPS)
+    pinned = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        pinned.setdefault(line.split("==")[0], []).append(line)
+    for name, version in lock["versions"].items():
+        lines = pinned.get(name, [])  # the record was made with this constraints.txt, and not with an older one
+        assert name in ("python", "pip") or any(f"=={version.split('+')[0]}" in line for line in lines), name
 
 
-def test_the_readme_is_what_the_record_makes(record):
-    if record is not None:
-        assert results.render(README, record) == README, "run `python .github/results.py`"
+def test_the_lower_bounds_are_the_versions_of_the_lowest_record(records):
+    """Whoever changes a bound runs the tests with it: `uv pip install --resolution lowest-direct`, as in tests.yml."""
+    if records is None:
+        return
+    assert records["lowest"]["failed"] == []
+    versions = records["lowest"]["versions"]
+    for requirement in map(Requirement, PROJECT["dependencies"]):
+        [bound] = [part.version for part in requirement.specifier if part.operator == ">="] or [versions["pip"]]
+        assert Version(Version(versions[requirement.name]).public) == Version(bound), requirement
 
 
-def _printed(name):
-    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
-    return "\n".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+@pytest.mark.parametrize("name", ["colab-2026-06", "colab-2026-08"])
+def test_colab_s_records_have_the_versions_of_its_lists(name, records):
+    if records is None:
+        return
+    pins = (ROOT / "tests" / f"{name.replace('-', '_', 1)}.txt").read_text(encoding="utf-8").splitlines()
+    versions = {name: version.split("+")[0] for name, version in records[name]["versions"].items()}
+    for line in pins:
+        if not line.startswith("#") and line.split("==")[0] in versions:
+            assert line == f"{line.split('==')[0]}=={versions[line.split('==')[0]]}"
 
 
-def _parameters(folder):
-    with safe_open(folder / "model.safetensors", "np") as weights:
-        names = weights.keys()
-        return sum(weights.get_tensor(name).size for name in names)
-
-
-def test_every_number_in_the_readme_comes_from_somewhere(record):
-    printed = _printed("00_start_here")
-    before, of = re.search(r"exact match before: (\d+) of (\d+)", printed).groups()
-    assert before == "0"
-    assert f"exact match after: {of} of {of}" in printed
-    steps = re.findall(r"step +(\d+) of \1: loss", printed)
-    million = int(re.search(r"([\d,]+) parameters in", printed)[1].replace(",", "")) / 1e6
-    wheel = re.search(r"wheel (\d+ MB)", Path(fetch.__file__).read_text(encoding="utf-8"))[1]
-    sentences = [
-        f"Exact match on {of} held-out requests: 0 % before, 100 % after",
-        f"It gets none of {of} right. After {steps[-1]} steps of LoRA",
-        f"with {million:.0f} million parameters",
-        f"a Llama of {_parameters(ROOT / 'helpers' / 'assets' / 'tiny') / 1e6:.2f} million parameters",
-        f"Python {_python()} or newer",
-        f"downloads the model ({wheel})",
-    ]
-    text = README
-    if record is not None:
-        packages, model = (record["bytes"][name] / 1e9 for name in ("packages", "model"))
-        sentences += [
-            f"about {packages + model:.1f} GB of disk",
-            f"({packages:.1f} GB of packages and {model:.1f} GB for the model, measured",
-            results.paragraph(record),
-        ]
-        for found in record["notebooks"].values():
-            text = text.replace(f" {found['seconds']:.0f} |\n", "\n")
-    for heading, file in ELSEWHERE.items():
-        if f"## {heading}\n" in text:
-            assert "README" in (ROOT / "tests" / file).read_text(encoding="utf-8"), file
-            text = re.sub(rf"^## {heading}\n.*?(?=^## )", "", text, flags=re.M | re.S)
-    for sentence in sentences:
-        assert sentence in text
-        text = text.replace(sentence, "")
-    text = re.sub(r"^```.*?^```|`[^`\n]*`|\]\([^)]*\)", "", text, flags=re.M | re.S)
-    text = re.sub(NAMES, "", text, flags=re.M)
-    if record is not None:
-        assert [line for line in text.splitlines() if re.search(r"\d", line)] == []
-
-
-def _python():
-    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    return re.search(r'requires-python = ">=([\d.]+)"', pyproject)[1]
-
-
-# The command that writes the README, over records that are wrong and READMEs that are out of date.
+# The command that writes the README.
 
 SMALL = {
     "complete": True, "command": "pytest", "date": "2026-11-22", "device": "2 CPU cores", "system": "Linux",
     "versions": {"python": "3.11.7", "torch": "2.13.0+cpu", "transformers": "5.23.0", "peft": "0.21.2",
-                 "bitsandbytes": "0.50.2"},
-    "seconds": 1500, "tests": {"passed": 1234, "failed": 0, "skipped": {"needs a CUDA GPU": 3, "needs a tail": 1}},
+                 "accelerate": "1.15.0", "bitsandbytes": "0.50.2"},
+    "off_lock": {}, "failed": [], "seconds": 1500,
+    "tests": {"passed": 1234, "failed": 0, "skipped": {"needs a CUDA GPU": 3, "needs a tail": 1}},
     "notebooks": {"00_a": {"seconds": 61.4, "passed": 1000, "failed": 0, "uncompared": 1, "lines": []},
                   "01_b": {"seconds": 9.6, "passed": 2, "failed": 0, "uncompared": 2, "lines": []}},
 }  # fmt: skip
+LOWEST = SMALL | {
+    "command": "pytest tests",
+    "notebooks": {},
+    "tests": {"passed": 7, "failed": 2, "skipped": {}},
+    "versions": SMALL["versions"] | {"torch": "2.7.0"},
+}
 PLACE = """# Title 1
 <!-- results:begin -->
 
@@ -137,15 +114,20 @@ Prose that stays, 1.
 
 
 def test_the_numbers_come_into_their_places_and_all_else_stays():
-    text = results.render(PLACE, SMALL)
+    text = results.render(PLACE, {"lock": SMALL, "lowest": LOWEST})
     assert "| 00 | [A](notebooks/00_a.ipynb) | 61 |\n| 01 | [B](notebooks/01_b.ipynb) | 10 |\n\nProse that" in text
-    assert "On 22 November 2026, on a Linux machine with 2 CPU cores, Python 3.11, torch 2.13.0, transfor" in text
-    assert "peft 0.21.2 and bitsandbytes 0.50.2: all 1,002 code cells" in text
-    assert "printed what is stored in them (3 are left uncompared" in text
-    assert "and 1,234 tests passed, in 25 minutes altogether. " in text
-    assert "Tests skipped: 3 (needs a CUDA GPU), 1 (needs a tail). The seconds" in text
+    row = "| 3.11.7 | 2.7.0 | 5.23.0 | 0.21.2 | 1.15.0 | 0.50.2 | 22 Nov 2026 | tests | 7 | 2 |\n| `constraints.txt` |"
+    assert row in text  # a row with failures is shown as it is
+    assert "| 22 Nov 2026 | tests, notebooks | 2,236 | 0 |" in text
+    assert "(its versions are exactly those of `constraints.txt`), 25 minutes in all: 1,002 code cells printed" in text
+    assert "Tests skipped: 3 (needs a CUDA GPU), 1 (needs a tail). No result" in text
+    assert "Long ago" not in text
     assert text.endswith("<!-- results:end -->\n| 00 | [A](notebooks/00_a.ipynb) | 0 |\n")
-    assert results.render(text, SMALL) == text
+    assert results.render(text, {"lock": SMALL, "lowest": LOWEST}) == text
+    other = results.render(PLACE, {"lock": SMALL | {"off_lock": {"torch": "2.14, not 2.13"}}})
+    assert "its versions are not the lock's: {'torch': '2.14, not 2.13'}" in other
+    lax = results.row("newest", SMALL | {"command": "pytest --nbval-lax"})
+    assert "tests, notebooks (run, outputs not compared)" in lax
 
 
 @pytest.mark.parametrize(
@@ -153,27 +135,12 @@ def test_the_numbers_come_into_their_places_and_all_else_stays():
     [
         ("<!-- results:begin -->", "", "the lines <!-- results:begin -->"),
         ("| 01 | [B](notebooks/01_b.ipynb) | |\n", "", "one row for 01_b.ipynb"),
-        ("**Where the results", "**Where results", "a paragraph"),
+        ("**Where the results", "**Where results", "a part"),
     ],
 )
 def test_a_readme_without_a_place_is_refused(old, new, message):
     with pytest.raises(ValueError, match=rf"^README\.md: .*{message}"):
-        results.render(PLACE.replace(old, new), SMALL)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"complete": False, "command": "pytest tests"}, "of a part, `pytest tests`"),
-        ({"tests": {"passed": 1, "failed": 2, "skipped": {}}}, "failures, in 2 tests"),
-        ({"notebooks": {"00_a": {"failed": 1}, "01_b": {"failed": 0}}}, r"\['00_a'\]"),
-        ({"notebooks": {"00_a": {"failed": 0}}}, r"differ in \['01_b'\]"),
-    ],
-)
-def test_a_record_that_is_not_of_a_full_run_is_refused(change, message):
-    results.check(SMALL, {"00_a", "01_b"})
-    with pytest.raises(ValueError, match=message):
-        results.check(SMALL | change, {"00_a", "01_b"})
+        results.render(PLACE.replace(old, new), {"lock": SMALL})
 
 
 # `pytest --results FILE`, really run.
@@ -214,6 +181,9 @@ def course(tmp_path_factory):
     for name in ("conftest.py", "pyproject.toml", "tests/nbval_sanitize.ini"):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
+    lock = ["# a comment", f"torch=={conftest.torch.__version__.split('+')[0]}", "numpy==1.0", "absent==2.0"]
+    lock.append("pytest==0.1 ; sys_platform == 'another'")
+    (folder / "constraints.txt").write_text("\n".join(lock), encoding="utf-8")
     (folder / "tests" / "test_small.py").write_text(TESTS, encoding="utf-8")
     cells = []
     for number, (printed, stored) in enumerate(CELLS, start=1):
@@ -238,6 +208,8 @@ def test_a_run_is_recorded(course):
     assert record["command"] == "pytest"
     skipped = {"needs a GPU with bf16": 1, "needs a CUDA GPU": 1}
     assert record["tests"] == {"passed": 1, "failed": 1, "skipped": skipped}
+    assert record["failed"] == ["tests/test_small.py::test_skips", "notebooks/00_a.ipynb::Cell 2"]
+    assert list(record["off_lock"]) == ["numpy"]
     notebook = record["notebooks"]["00_a"]
     assert notebook.pop("seconds") > 0
     assert notebook == {"passed": 2, "failed": 1, "uncompared": 0, "lines": CELLS[1][0].splitlines()}
