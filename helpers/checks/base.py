@@ -118,8 +118,7 @@ class Exercise:
             raise Hint(f"The shapes do not fit ({error}). {self.raises}")
         if error:
             raise error
-        words = self.otherwise or (lambda *given: f"For {self._named(given)} it is {given[-1]}, not {given[-2]}.")
-        raise Hint(words(*self.cases[first], found[first], right[first]))
+        raise Hint((self.otherwise or self._values)(*self.cases[first], found[first], right[first]))
 
     def _result(self, answer: Answer, case: tuple[Any, ...]) -> Any:
         """Return the answer's result on a case, or the error that it raised."""
@@ -149,10 +148,15 @@ class Exercise:
         return next((hint for i in parts for hint, other in made if self._agree(found, other, i)), None)
 
     def _agree(self, found: list[Any], other: list[Any], part: int | None) -> bool:
-        def at(result: Any) -> Any:
-            return result[part] if part is not None and isinstance(result, tuple) and part < len(result) else result
+        """Say whether results agree on all cases: whole, or in one part of the tuples that they are."""
 
-        return all(self.agrees(at(x), at(y)) for x, y in zip(found, other, strict=True))
+        def one(x: Any, y: Any) -> bool:
+            if part is None:
+                return self.agrees(x, y)
+            tuples = isinstance(x, tuple) and isinstance(y, tuple) and part < min(len(x), len(y))
+            return tuples and self.agrees(x[part], y[part])
+
+        return all(map(one, found, other))
 
     def _quietly(self, answer: Answer, case: tuple[Any, ...]) -> Any:
         try:
@@ -160,9 +164,11 @@ class Exercise:
         except Exception as error:
             return error
 
-    def _named(self, values: tuple[Any, ...]) -> str:
+    def _values(self, *given: Any) -> str:
         names = inspect.signature(self.right).parameters
-        return ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=False))
+        arguments = ", ".join(f"{name}={value}" for name, value in zip(names, given[:-2], strict=False))
+        line = f"For {arguments} it is {given[-1]}, not {given[-2]}."
+        return " ".join(line.split())  # a tensor has several lines
 
 
 def _plain(found: Any, right: Any) -> Any:
@@ -193,9 +199,9 @@ def fault(found: Any, right: Any, returns: str) -> Exception | None:
         return next(filter(None, (fault(x, y, returns) for x, y in zip(found, right, strict=True))), None)
     if isinstance(right, torch.Tensor):
         if found.shape != right.shape:
-            return Hint(f"It returns the shape {tuple(found.shape)}, expected {tuple(right.shape)}: {returns}.")
+            return Hint(f"It returns the shape {tuple(found.shape)}, expected {tuple(right.shape)}; return {returns}.")
         if found.dtype != right.dtype and not (found.is_floating_point() and right.is_floating_point()):
-            return Hint(f"It returns {found.dtype}, expected {right.dtype}: {returns}.")
+            return Hint(f"It returns {found.dtype}, expected {right.dtype}; return {returns}.")
     if isinstance(right, torch.Tensor | float):
         finite, should_be = (bool(torch.isfinite(torch.as_tensor(x)).all()) for x in (found, right))
         if should_be and not finite:

@@ -1,0 +1,179 @@
+"""The exercise checks: every solution passes, no stub does, and each mistake gets its own hint."""
+
+import copy
+import importlib
+import re
+
+from helpers.checks import base
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from exercises import NOTEBOOKS, exercise_functions
+
+
+def _exercises():
+    """Return (notebook, checks, name) for every exercise, in the notebooks' order."""
+    found = []
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        cells = nbformat.read(path, as_version=4).cells
+        if imported := re.search(r"from helpers\.checks import (\w+) as checks", "\n".join(c.source for c in cells)):
+            checks = importlib.import_module(f"helpers.checks.{imported[1]}")
+            names = [name for name, value in vars(checks).items() if isinstance(value, base.Exercise)]
+            found += [(path.stem, checks, name) for name in names]
+    return found
+
+
+EXERCISES = _exercises()
+MISTAKES = [
+    (checks, name, hint, wrong)
+    for _, checks, name in EXERCISES
+    for hint, answers in getattr(checks, name).mistakes.items()
+    for wrong in ([answers] if callable(answers) else answers)
+]
+each_exercise = pytest.mark.parametrize(
+    ("notebook", "checks", "name"), EXERCISES, ids=[f"{notebook[:2]}-{name}" for notebook, _, name in EXERCISES]
+)
+
+
+def said(capsys, exercise, function, name="answer"):
+    """Return what the check prints about a function: one line, and nothing else is changed by it."""
+    function.__name__ = name
+    state, cases = torch.get_rng_state(), copy.deepcopy(exercise.cases)
+    exercise(function)
+    assert torch.equal(torch.get_rng_state(), state), "the check leaves other random numbers behind"
+    assert base.same(list(exercise.cases), list(cases)), "a case has been changed"
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{name}: "), printed
+    assert printed.count("\n") == 1, printed
+    return printed.removeprefix(f"{name}: ").removesuffix("\n")
+
+
+def test_the_exercises_are_the_notebooks():
+    for notebook in {notebook for notebook, _, _ in EXERCISES}:
+        assert list(exercise_functions(notebook)[0]) == [name for other, _, name in EXERCISES if other == notebook]
+
+
+@each_exercise
+def test_solution_stub_and_error(notebook, checks, name, capsys):
+    def error(*arguments):
+        raise KeyError("x")
+
+    exercise = getattr(checks, name)
+    stubs, solutions = exercise_functions(notebook)
+    assert said(capsys, exercise, solutions[name]) == f"correct. {exercise.learned}"
+    assert said(capsys, exercise, stubs[name]).startswith("not written yet. ")
+    assert said(capsys, exercise, error) == "your function raised KeyError: 'x'"
+    assert exercise.mistakes
+
+
+@pytest.mark.parametrize(
+    ("checks", "name", "hint", "wrong"), MISTAKES, ids=[f"{name}-{i}" for i, (_, name, _, _) in enumerate(MISTAKES)]
+)
+def test_a_mistake_gets_its_own_hint(checks, name, hint, wrong, capsys):
+    assert said(capsys, getattr(checks, name), lambda *arguments: wrong(*arguments)) == f"not yet. {hint}"
+
+
+# What base.py says of any exercise: on scaling a matrix, on a pair of numbers, and on a list of whole ones.
+
+SCALE = base.Exercise(
+    right=lambda x, factor: factor * x,
+    cases=[(torch.arange(6.0).reshape(2, 3), 2.0), (torch.ones(3), 0.5)],
+    mistakes={"It divides.": lambda x, factor: x / factor, "Twice.": [lambda x, f: x * f * f, lambda x, f: 2 * f * x]},
+    learned="Yes.",
+    returns="a scaled tensor",
+    raises="Multiply by a number.",
+)
+PAIR = base.Exercise(
+    right=lambda n: (n + 1, n / 2),
+    cases=[(3,), (5,)],
+    mistakes={
+        "One too few.": lambda n: (n, n / 2),
+        "Not halved.": lambda n: (n + 1, n),
+        "Swapped.": lambda n: (n / 2, n + 1),
+        "Zero.": lambda n: 1 / 0,
+    },
+    learned="Yes.",
+    returns="two numbers",
+)
+LIST = base.Exercise(
+    right=lambda n: [n, 2 * n] if n else None, cases=[(3,), (0,)], mistakes={}, learned="Yes.", returns="a list"
+)
+
+
+@pytest.mark.parametrize(
+    ("exercise", "function", "line"),
+    [
+        (SCALE, lambda x, factor: (factor * x).double(), "correct. Yes."),
+        (SCALE, lambda x, factor: x / factor, "not yet. It divides."),
+        (SCALE, lambda x, factor: 2 * factor * x, "not yet. Twice."),
+        (SCALE, lambda x, factor: x * 3, "not yet. For x=tensor(.*), factor=2.0 it is tensor(.*), not tensor(.*)."),
+        (SCALE, lambda x, factor: x.mul_(factor), "not yet. It changes x in place: work on a copy."),
+        (SCALE, lambda x, factor: None, "not yet. It returns None; return a scaled tensor."),
+        (SCALE, lambda x, factor: (factor * x).numpy(), "not yet. It returns ndarray; return a scaled tensor."),
+        (
+            SCALE,
+            lambda x, factor: (factor * x)[0],
+            r"not yet. It returns the shape \(3,\), expected \(2, 3\); return a",
+        ),
+        (
+            SCALE,
+            lambda x, factor: (factor * x).int(),
+            "not yet. It returns torch.int32, expected torch.float32; return",
+        ),
+        (SCALE, lambda x, factor: x * float("nan"), "not yet. Its result holds inf or NaN."),
+        (SCALE, lambda x, factor: x @ torch.ones(7), "not yet. The shapes do not fit .*. Multiply by a number."),
+        (SCALE, lambda x: x, "your function raised TypeError: "),
+        (PAIR, lambda n: [n + 1, n / 2], "correct. Yes."),
+        (PAIR, lambda n: (torch.tensor(n + 1), np.float32(n / 2)), "correct. Yes."),
+        (PAIR, lambda n: (n, n), "not yet. One too few."),
+        (PAIR, lambda n: (n + 1, n), "not yet. Not halved."),
+        (PAIR, lambda n: (n / 2, n + 1), "not yet. Swapped."),
+        (PAIR, lambda n: {}[n] if n == 5 else (n + 1, n / 2), "your function raised KeyError: 5"),
+        (PAIR, lambda n: (n + 1) // (n - n), "not yet. Zero."),
+        (PAIR, lambda n: n + 1, "not yet. It returns int; return two numbers."),
+        (PAIR, lambda n: (n + 1, n / 2, n), "not yet. It returns 3 values; return two numbers."),
+        (PAIR, lambda n: (n + 1.0, n / 2), "not yet. It returns float; return two numbers."),
+        (PAIR, lambda n: (True, n / 2), "not yet. It returns bool; return two numbers."),
+        (LIST, lambda n: np.array([n, 2 * n]) if n else None, "correct. Yes."),
+        (LIST, lambda n: (n, 2 * n) if n else None, "correct. Yes."),
+        (LIST, lambda n: [n] if n else None, r"not yet. For n=3 it is \[3, 6\], not \[3\]."),
+        (LIST, lambda n: None, r"not yet. For n=3 it is \[3, 6\], not None."),
+        (LIST, lambda n: [n, 2 * n], r"not yet. For n=0 it is None, not \[0, 0\]."),
+        (LIST, lambda n: {n, 2 * n} if n else None, "not yet. It returns set; return a list."),
+    ],
+)
+def test_what_is_said_of_any_exercise(exercise, function, line, capsys):
+    assert re.match(line, found := said(capsys, exercise, function), re.DOTALL), found
+
+
+# Answers that are not among the mistakes: right ones by another way (None), and wrong ones with a part of their hint.
+
+
+def _svd(w):
+    return torch.linalg.svd(w, full_matrices=False)
+
+
+OTHERS = [
+    ("lora", "best_rank_r", lambda w, r: (p := torch.linalg.eigh(w @ w.T)[1][:, -r:]) @ p.T @ w, None),
+    ("lora", "best_rank_r", lambda w, r: (_svd(w)[0][:, : r + 1] * _svd(w)[1][: r + 1]) @ _svd(w)[2][: r + 1],
+     "For r=2 the result has rank 3 and error"),
+    ("lora", "lora_forward", lambda x, W, A, B, alpha: x @ (W + alpha / len(A) * B @ A).T, None),
+    ("lora", "lora_forward", lambda x, W, A, B, alpha: x @ W.T - alpha / len(A) * (x @ A.T @ B.T),
+     "Compute the two terms one by one"),
+    ("lora", "lora_forward", lambda x, W, A, B, alpha: x @ W.T + x @ A @ B, "x meets A first"),
+    ("lora", "parameter_count", lambda model, names, r: 184, "It returns 184 for two blocks"),
+    ("lora", "merge", lambda W, A, B, alpha: (W.double() + alpha * B.double() @ A.double() / len(A)).to(W.dtype), None),
+    ("lora", "merge", lambda W, A, B, alpha: W + alpha / len(A) * A @ B, "A @ B has not"),
+    ("lora", "merge", lambda W, A, B, alpha: W + alpha / len(A) * B @ A, "in bfloat16 it returns float32: convert"),
+    ("lora", "merge", lambda W, A, B, alpha: W + (alpha / len(A) * B @ A).to(W.dtype), "entries are off by a rounding"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("checks", "name", "function", "hint"), OTHERS, ids=[f"{name}-{i}" for i, (_, name, _, _) in enumerate(OTHERS)]
+)
+def test_another_answer(checks, name, function, hint, capsys):
+    line = said(capsys, getattr(importlib.import_module(f"helpers.checks.{checks}"), name), function)
+    assert line.startswith("not yet. ") and hint in line if hint else line.startswith("correct. "), line
