@@ -155,6 +155,15 @@ def _svd(w):
     return torch.linalg.svd(w, full_matrices=False)
 
 
+def _packed_in_a_loop(lengths):
+    positions, mask, start = [], torch.zeros(sum(lengths), sum(lengths), dtype=torch.bool), 0
+    for length in lengths:
+        positions += range(length)
+        mask[start : start + length, start : start + length] = torch.ones(length, length).tril().bool()
+        start += length
+    return torch.tensor(positions), mask
+
+
 OTHERS = [
     ("lora", "best_rank_r", lambda w, r: (p := torch.linalg.eigh(w @ w.T)[1][:, -r:]) @ p.T @ w, None),
     ("lora", "best_rank_r", lambda w, r: (_svd(w)[0][:, : r + 1] * _svd(w)[1][: r + 1]) @ _svd(w)[2][: r + 1],
@@ -168,6 +177,16 @@ OTHERS = [
     ("lora", "merge", lambda W, A, B, alpha: W + alpha / len(A) * A @ B, "A @ B has not"),
     ("lora", "merge", lambda W, A, B, alpha: W + alpha / len(A) * B @ A, "in bfloat16 it returns float32: convert"),
     ("lora", "merge", lambda W, A, B, alpha: W + (alpha / len(A) * B @ A).to(W.dtype), "entries are off by a rounding"),
+    ("memory_speed", "bytes_without_activations", lambda f, t, bits: int(f * bits / 8) + 16 * t, None),
+    ("memory_speed", "bytes_without_activations", lambda f, t, bits: 7, "ones it is 2,480,000, and it says 7"),
+    ("memory_speed", "lora_step_flops", lambda f, a, t, twice: 3, "it is 1,236,000,000, and it says 3"),
+    ("memory_speed", "packed", _packed_in_a_loop, None),
+    ("memory_speed", "packed", lambda n: (torch.zeros(sum(n)).long(), _packed_in_a_loop(n)[1]),
+     "For [3, 1, 4] they are [0, 1, 2, 0, 0, 1, 2, 3], not"),
+    ("memory_speed", "packed", lambda n: (_packed_in_a_loop(n)[0], torch.eye(sum(n)).bool()),
+     "For [3, 1, 4], token 1 may see 0."),
+    ("memory_speed", "columns_to_keep", lambda labels: torch.where(labels[:, 1:] != -100)[1].unique(), None),
+    ("memory_speed", "columns_to_keep", lambda labels: torch.arange(6), "need [2, 3, 4, 8, 10, 11]"),
 ]  # fmt: skip
 
 
