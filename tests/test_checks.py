@@ -187,6 +187,11 @@ OTHERS = [
      "For [3, 1, 4], token 1 may see 0."),
     ("memory_speed", "columns_to_keep", lambda labels: torch.where(labels[:, 1:] != -100)[1].unique(), None),
     ("memory_speed", "columns_to_keep", lambda labels: torch.arange(6), "need [2, 3, 4, 8, 10, 11]"),
+    ("gradients", "lora_gradients", lambda G, A, B, s: (s * B.T @ G + 1, s * G @ A.T), "of A is not autograd's"),
+    ("gradients", "moved", lambda before, model: {"tiny.weight": True},
+     "the frozen ones too: look at balanced.weight, frozen.weight, still.weight"),
+    ("gradients", "moved", lambda before, model: {name: name != "still.weight" for name in before}, None),
+    ("gradients", "moved", lambda before, model: dict.fromkeys(before, True), "moved that did not"),
 ]  # fmt: skip
 
 

@@ -1,118 +1,166 @@
-"""The checks of notebook 02: the gradients of A and B, AdamW's state, and what has moved."""
+"""The exercises of notebook 02: the right answers and the likely wrong ones, each with its hint."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from helpers.checks.base import Hint, check
+from helpers.checks.base import Answer, Exercise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Pair = tuple[Tensor, Tensor]
 
 
-def lora_gradients(
-    function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]],
-) -> None:
-    """Check `lora_gradients(G, A, B, scaling)` against autograd, in float64, with a scaling that is not 1."""
-
-    def test() -> None:
+def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    """Return what `make` returns, the same each time, and leave torch's random numbers as they are."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        scaling = 4.0
-        G = torch.randn(5, 6, dtype=torch.float64)
-        A = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
-        B = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
-        (G * (scaling * B @ A)).sum().backward()  # a loss whose gradient with respect to W is G
-        answer = function(G, A.detach(), B.detach(), scaling)
-        if not isinstance(answer, tuple | list) or len(answer) != 2:
-            raise Hint("Return two tensors: the gradient of A, and the gradient of B.")
-        dA, dB = answer
-        expected_A, expected_B = A.grad, B.grad
-        if dA.shape == B.shape and dB.shape == A.shape:
-            raise Hint("The two are swapped: return A's gradient (r, in) first, then B's (out, r).")
-        for name, gradient, expected in (("A", dA, expected_A), ("B", dB, expected_B)):
-            if gradient.shape == expected.T.shape and gradient.shape != expected.shape:
-                raise Hint(f"The gradient of {name} is transposed: a gradient has the shape of its parameter.")
-            if gradient.shape != expected.shape:
-                raise Hint(f"The gradient of {name} has shape {tuple(gradient.shape)}, not {tuple(expected.shape)}.")
-            if torch.allclose(gradient * scaling, expected):
-                raise Hint(f"The gradient of {name} lacks the scaling, which is a factor of both.")
-            if torch.allclose(gradient, expected * scaling):
-                raise Hint(f"The gradient of {name} has the scaling twice; it enters once.")
-            if torch.allclose(gradient, -expected):
-                raise Hint(f"The gradient of {name} has the wrong sign: the optimizer subtracts it, not the gradient.")
-            if not torch.allclose(gradient, expected):
-                raise Hint(f"The gradient of {name} is not autograd's. It is a product of G and the other matrix.")
-
-    check(function, test, "With B = 0 the gradient of A is zero: that is why A waits for one step.")
+        return make()
 
 
-def adamw_state_bytes(function: Callable[[nn.Module], int]) -> None:
-    """Check `adamw_state_bytes(model)` against the state that AdamW really keeps after a step."""
-
-    def test() -> None:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(4, 6), nn.Linear(6, 2).to(torch.bfloat16))
-        model[0].requires_grad_(False)
-        optimizer = torch.optim.AdamW(model.parameters())
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
-        optimizer.step()
-        means = [t for state in optimizer.state.values() for key, t in state.items() if key != "step"]
-        expected = sum(t.numel() * t.element_size() for t in means)
-        everything = sum(2 * p.numel() * p.element_size() for p in model.parameters())
-        elements = sum(t.numel() for t in means)
-        for parameter in model.parameters():
-            parameter.grad = None
-        answer = function(model)
-        if answer == everything:
-            raise Hint("You counted the frozen parameters too. AdamW keeps nothing for a parameter without a gradient.")
-        if 2 * answer == expected:
-            raise Hint("AdamW keeps two means for each parameter: of the gradient, and of its square.")
-        if answer == elements:
-            raise Hint("That is the number of entries. Multiply by the bytes of one: `p.element_size()`.")
-        if answer == 4 * elements:
-            raise Hint("Not every parameter has 4 bytes an entry: this model has bfloat16 too. Use `p.element_size()`.")
-        if answer == 0:
-            raise Hint("You got 0. Before the first step `.grad` is None everywhere: go by `requires_grad`.")
-        if answer != expected:
-            raise Hint(f"AdamW kept {expected} bytes for the test's model, and you say {answer}.")
-
-    check(function, test, "Two means for each trained entry, and nothing for a frozen one: that is LoRA's saving.")
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def moved(function: Callable[[dict[str, torch.Tensor], nn.Module], dict[str, bool]]) -> None:
-    """Check `moved(before, model)` on changes that are tiny, cancel in the sum, or happen to a frozen parameter."""
+def _by_autograd(G: Tensor, A: Tensor, B: Tensor, scaling: float) -> Pair:
+    A, B = (matrix.detach().requires_grad_() for matrix in (A, B))
+    return torch.autograd.grad((G * (scaling * B @ A)).sum(), (A, B))  # a loss whose gradient with respect to W is G
 
-    def test() -> None:
-        torch.manual_seed(0)
-        model = nn.ModuleDict({name: nn.Linear(4, 3, bias=False) for name in ("still", "tiny", "balanced", "frozen")})
-        model["frozen"].requires_grad_(False)
-        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        with torch.no_grad():
-            model["tiny"].weight[0, 0] += 1e-6
-            model["balanced"].weight[0, 0] += 1.0
-            model["balanced"].weight[0, 1] -= 1.0
-            model["frozen"].weight *= 0.9
-        saved = {name: tensor.clone() for name, tensor in before.items()}
-        answer = function(before, model)
-        names = [name for name, _ in model.named_parameters()]
-        if not isinstance(answer, dict):
-            raise Hint("Return a dictionary from the parameter's name to True or False.")
-        if set(answer) != set(names):
-            missing = sorted(set(names) - set(answer)) or sorted(set(answer) - set(names))
-            raise Hint(f"Answer for every parameter, the frozen ones too: look at {', '.join(missing)}.")
-        if any(not torch.equal(before[name], saved[name]) for name in names):
-            raise Hint("Your function changes `before`; only compare.")
-        flags = {name.removesuffix(".weight"): bool(value) for name, value in answer.items()}
-        if flags == {"still": True, "tiny": False, "balanced": False, "frozen": False}:
-            raise Hint("The answer is upside down: True means that the parameter has moved.")
-        if flags["still"]:
-            raise Hint("You say that a parameter moved that did not.")
-        if not flags["frozen"]:
-            raise Hint("A frozen parameter moved, and you missed it. That is the case we fear most: compare all.")
-        if not flags["balanced"]:
-            raise Hint("Two entries changed by +1 and -1, and you missed it: compare the entries, not their sum.")
-        if not flags["tiny"]:
-            raise Hint("One entry changed by 1e-6, and you missed it: compare exactly, not with a tolerance.")
 
-    check(function, test, "It sees any change, also of a weight that should be frozen.")
+def _changed(part: int, change: Callable[[Tensor, float], Tensor]) -> Answer:
+    """Return an answer whose gradient of A (0) or of B (1) is changed."""
+
+    def answer(G: Tensor, A: Tensor, B: Tensor, scaling: float) -> Pair:
+        pair = list(_by_autograd(G, A, B, scaling))
+        pair[part] = change(pair[part], scaling)
+        return pair[0], pair[1]
+
+    return answer
+
+
+lora_gradients = Exercise(
+    right=_by_autograd,
+    cases=[(_random(5, 6), _random(2, 6), _random(5, 2), 4.0)],
+    mistakes={
+        "The two are swapped: return A's gradient (r, in) first, then B's (out, r).": (
+            lambda G, A, B, scaling: (scaling * G @ A.T, scaling * B.T @ G)
+        ),
+    }
+    | {
+        f"The gradient of {name} {hint}": _changed(part, change)
+        for part, name in enumerate("AB")
+        for hint, change in {
+            "is transposed: a gradient has the shape of its parameter.": lambda gradient, scaling: gradient.T,
+            "lacks the scaling, which is a factor of both.": lambda gradient, scaling: gradient / scaling,
+            "has the scaling twice; it enters once.": lambda gradient, scaling: gradient * scaling,
+            "has the wrong sign: the optimizer subtracts it, not the gradient.": lambda gradient, scaling: -gradient,
+        }.items()
+    },
+    returns="two tensors: the gradient of A, and the gradient of B",
+    otherwise=lambda G, A, B, scaling, found, right: (
+        f"The gradient of {'B' if torch.allclose(found[0], right[0]) else 'A'} is not autograd's. It is a product of G "
+        "and the other matrix."
+    ),
+    learned="With B = 0 the gradient of A is zero: that is why A waits for one step.",
+)
+
+
+def _kept_by_adamw(model: nn.Module) -> int:
+    """Take a step on a copy of the model and count what the optimizer keeps after it."""
+    parameters = [
+        parameter.detach().clone().requires_grad_(parameter.requires_grad) for parameter in model.parameters()
+    ]
+    optimizer = torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    means = [tensor for state in optimizer.state.values() for key, tensor in state.items() if key != "step"]
+    return sum(mean.numel() * mean.element_size() for mean in means)
+
+
+def _layers() -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(4, 6), nn.Linear(6, 2).to(torch.bfloat16))
+    model[0].requires_grad_(False)
+    return model
+
+
+def _count(of: Callable[[Tensor], int], counted: Callable[[Tensor], bool] = lambda p: p.requires_grad) -> Answer:
+    return lambda model: sum(of(p) for p in model.parameters() if counted(p))
+
+
+adamw_state_bytes = Exercise(
+    right=_kept_by_adamw,
+    cases=[(_seeded(_layers),)],
+    mistakes={
+        "You counted the frozen parameters too. AdamW keeps nothing for a parameter without a gradient.": (
+            _count(lambda p: 2 * p.numel() * p.element_size(), lambda p: True)
+        ),
+        "AdamW keeps two means for each parameter: of the gradient, and of its square.": (
+            _count(lambda p: p.numel() * p.element_size())
+        ),
+        "That is the number of entries. Multiply by the bytes of one: `p.element_size()`.": (
+            _count(lambda p: 2 * p.numel())
+        ),
+        "Not every parameter has 4 bytes an entry: this model has bfloat16 too. Use `p.element_size()`.": (
+            _count(lambda p: 8 * p.numel())
+        ),
+        "You got 0. Before the first step `.grad` is None everywhere: go by `requires_grad`.": (
+            _count(lambda p: 2 * p.numel() * p.element_size(), lambda p: p.grad is not None)
+        ),
+    },
+    returns="an int",
+    otherwise=lambda model, found, right: f"AdamW kept {right} bytes for the test's model, and you say {found}.",
+    learned="Two means for each trained entry, and nothing for a frozen one: that is LoRA's saving.",
+)
+
+
+def _trained() -> nn.Module:
+    model = nn.ModuleDict({name: nn.Linear(4, 3, bias=False) for name in ("still", "tiny", "balanced", "frozen")})
+    model["frozen"].requires_grad_(False)
+    return model
+
+
+def _before_and_after() -> tuple[dict[str, Tensor], nn.Module]:
+    model = _seeded(_trained)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        model["tiny"].weight[0, 0] += 1e-6
+        model["balanced"].weight[0, 0] += 1.0
+        model["balanced"].weight[0, 1] -= 1.0
+        model["frozen"].weight *= 0.9
+    return before, model
+
+
+def _moved(differs: Callable[[Tensor, Tensor], object]) -> Answer:
+    return lambda before, model: {name: bool(differs(before[name], p)) for name, p in model.named_parameters()}
+
+
+MISSED = {
+    "frozen": "A frozen parameter moved, and you missed it. That is the case we fear most: compare all.",
+    "balanced": "Two entries changed by +1 and -1, and you missed it: compare the entries, not their sum.",
+    "tiny": "One entry changed by 1e-6, and you missed it: compare exactly, not with a tolerance.",
+}
+
+
+def _missed(before: dict[str, Tensor], model: nn.Module, found: dict[str, bool], right: dict[str, bool]) -> str:
+    if other := sorted(right.keys() - found.keys()) or sorted(found.keys() - right.keys()):
+        return f"Answer for every parameter, the frozen ones too: look at {', '.join(other)}."
+    if found["still.weight"]:
+        return "You say that a parameter moved that did not."
+    return next(hint for name, hint in MISSED.items() if not found[f"{name}.weight"])
+
+
+moved = Exercise(
+    right=_moved(lambda before, after: not torch.equal(before, after)),
+    cases=[_before_and_after()],
+    mistakes={
+        "The answer is upside down: True means that the parameter has moved.": _moved(torch.equal),
+        MISSED["frozen"]: _moved(lambda before, after: after.requires_grad and not torch.equal(before, after)),
+        MISSED["balanced"]: _moved(lambda before, after: abs(before.sum() - after.sum()) > 1e-8),
+        MISSED["tiny"]: _moved(lambda before, after: not torch.allclose(before, after)),
+    },
+    returns="a dictionary from the parameter's name to True or False",
+    otherwise=_missed,
+    learned="It sees any change, also of a weight that should be frozen.",
+)
