@@ -54,7 +54,7 @@ class Exercise:
     """One exercise. Calling it with a learner's function prints one line and never raises.
 
     A wrong answer gets the hint of the first mistake whose results agree with its own on all cases, an error of the
-    same type included. Where the result is a tuple, the first part that is wrong may agree alone.
+    same type included. Where the result is a tuple, it is enough to agree up to the first part that is wrong.
 
     Attributes:
         right: the right answer. Its parameters name the arguments in hints.
@@ -148,13 +148,13 @@ class Exercise:
         return next((hint for i in parts for hint, other in made if self._agree(found, other, i)), None)
 
     def _agree(self, found: list[Any], other: list[Any], part: int | None) -> bool:
-        """Say whether results agree on all cases: whole, or in one part of the tuples that they are."""
+        """Say whether results agree on all cases: whole, or as tuples up to a part."""
 
         def one(x: Any, y: Any) -> bool:
             if part is None:
                 return self.agrees(x, y)
             tuples = isinstance(x, tuple) and isinstance(y, tuple) and part < min(len(x), len(y))
-            return tuples and self.agrees(x[part], y[part])
+            return tuples and all(map(self.agrees, x[: part + 1], y[: part + 1]))
 
         return all(map(one, found, other))
 
