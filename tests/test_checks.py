@@ -164,6 +164,22 @@ def _packed_in_a_loop(lengths):
     return torch.tensor(positions), mask
 
 
+def _by_mean_loss(scale, starts):
+    """Return a train_epoch by the model's own mean loss: scaled, and with windows that start where `starts` says."""
+
+    def train_epoch(model, micro_batches, optimizer, steps):
+        for start in starts(len(micro_batches), steps):
+            window = micro_batches[start : start + steps]
+            counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in window]
+            optimizer.zero_grad()
+            for batch, count in zip(window, counts, strict=True):
+                (scale * model(**batch).loss * count / sum(counts)).backward()
+            optimizer.step()
+        return 3
+
+    return train_epoch
+
+
 OTHERS = [
     ("lora", "best_rank_r", lambda w, r: (p := torch.linalg.eigh(w @ w.T)[1][:, -r:]) @ p.T @ w, None),
     ("lora", "best_rank_r", lambda w, r: (_svd(w)[0][:, : r + 1] * _svd(w)[1][: r + 1]) @ _svd(w)[2][: r + 1],
@@ -192,6 +208,14 @@ OTHERS = [
      "the frozen ones too: look at balanced.weight, frozen.weight, still.weight"),
     ("gradients", "moved", lambda before, model: {name: name != "still.weight" for name in before}, None),
     ("gradients", "moved", lambda before, model: dict.fromkeys(before, True), "moved that did not"),
+    ("accumulation", "number_of_updates", lambda *case: 7, "there are 3 updates, and it says 7"),
+    ("accumulation", "window_loss", lambda x, y: x[0].sum() * 0 + 9, "On our window it should be"),
+    ("accumulation", "train_epoch", _by_mean_loss(1, range_of := lambda n, steps: range(0, n, steps)), None),
+    ("accumulation", "train_epoch", _by_mean_loss(2.5, range_of), "Update 1 of 6 does not get the gradient"),
+    ("accumulation", "train_epoch", _by_mean_loss(1, lambda n, steps: (0, 0)), "are 6 updates, and it makes 4"),
+    ("accumulation", "train_epoch", lambda *arguments: _by_mean_loss(1, range_of)(*arguments) and None,
+     "Return their number, which is 3; it returns None"),
+    ("accumulation", "accelerate_loss", lambda total, n, steps, p: total / (n - 1) * steps * p, "is 1.20, not 1.23"),
 ]  # fmt: skip
 
 
