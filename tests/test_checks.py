@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from exercises import NOTEBOOKS, exercise_functions
+from torch.nn import functional as F
 
 
 def _exercises():
@@ -180,6 +181,16 @@ def _by_mean_loss(scale, starts):
     return train_epoch
 
 
+def _int8(rounded=torch.round, zero=1.0, absmax=lambda absmax: absmax):
+    def quantize_int8(x, block_size):
+        blocks = x.view(-1, block_size)
+        largest = blocks.abs().amax(dim=1)
+        codes = rounded(127 * blocks / torch.where(largest == 0, zero, largest)[:, None])
+        return codes.to(torch.int8), absmax(largest)
+
+    return quantize_int8
+
+
 OTHERS = [
     ("lora", "best_rank_r", lambda w, r: (p := torch.linalg.eigh(w @ w.T)[1][:, -r:]) @ p.T @ w, None),
     ("lora", "best_rank_r", lambda w, r: (_svd(w)[0][:, : r + 1] * _svd(w)[1][: r + 1]) @ _svd(w)[2][: r + 1],
@@ -216,6 +227,22 @@ OTHERS = [
     ("accumulation", "train_epoch", lambda *arguments: _by_mean_loss(1, range_of)(*arguments) and None,
      "Return their number, which is 3; it returns None"),
     ("accumulation", "accelerate_loss", lambda total, n, steps, p: total / (n - 1) * steps * p, "is 1.20, not 1.23"),
+    ("quantization", "quantize_int8", _int8(rounded=lambda x: torch.floor(x + 0.5)), None),
+    ("quantization", "quantize_int8", _int8(absmax=lambda a: a + 1), "The absmax of the first block should be"),
+    ("quantization", "quantize_int8", _int8(absmax=lambda a: torch.where(a == 0, 1.0, a)), "is 0, and it says 1"),
+    ("quantization", "quantize_int8", _int8(rounded=lambda x: torch.where(x == 0, 5, x.round())),
+     "The codes of a block of zeros are 0, and the first is 5"),
+    ("quantization", "quantize_int8", _int8(zero=0.0), "0 / 0 is NaN"),
+    ("quantization", "quantize_int8", _int8(zero=0.0, rounded=lambda x: x.nan_to_num().round()), "0 / 0 is NaN"),
+    ("quantization", "quantize_int8", _int8(rounded=lambda x: x.round() - (x == 127).int()), "are off: 4 of 48."),
+    ("quantization", "nearest_code", lambda x, levels: (x[..., None] - levels).abs().argmin(-1).int(), None),
+    ("quantization", "nearest_code", lambda x, levels: torch.zeros_like(x).long(), "is nearest to level 1 of [-1.0,"),
+    ("quantization", "bits_double_quantized", lambda b, n: (4 * b * n + 8 * n + 32) / (b * n), None),
+    ("quantization", "bits_double_quantized", lambda b, n: 5.0, "it is 4.127, and it says 5.000"),
+    ("quantization", "pack", lambda codes: codes[::2] * 16 + F.pad(codes[1::2], (0, len(codes) % 2), value=7), None),
+    ("quantization", "pack", lambda codes: codes[::2] * 16 + F.pad(codes[1::2], (0, len(codes) % 2), value=15),
+     "The codes [3, 7] make the byte 55, and it says 63"),
+    ("quantization", "pack", lambda codes: codes, "10 codes make 5 bytes, and its shape is (10,)"),
 ]  # fmt: skip
 
 
