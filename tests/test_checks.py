@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import math
 import re
 
 from helpers.checks import base
@@ -243,6 +244,16 @@ OTHERS = [
     ("quantization", "pack", lambda codes: codes[::2] * 16 + F.pad(codes[1::2], (0, len(codes) % 2), value=15),
      "The codes [3, 7] make the byte 55, and it says 63"),
     ("quantization", "pack", lambda codes: codes, "10 codes make 5 bytes, and its shape is (10,)"),
+    ("qlora", "training_bytes", lambda n, m, k: torch.tensor(n * 4.127 / 8 + m * 4 + k * 10), None),
+    ("qlora", "training_bytes", lambda n, m, k: 4 * n + 4 * m + 10 * k, "be 191 million bytes, and it is 560"),
+    ("qlora", "training_bytes", lambda n, m, k: "191", "It returns str; return one number"),
+    ("qlora", "smallest_rank", lambda shapes, n: 44, "4,096 elements it should be 22, and it is 44"),
+    ("qlora", "first_bad_step", lambda log: next((e["step"] for e in log if not math.isfinite(e["loss"])), None),
+     "asks every entry for 'loss'"),
+    ("qlora", "first_bad_step", lambda log: log[0]["step"] + 3, "it should be 3, and it is 4"),
+    ("qlora", "merge_error", lambda w, A, B, s, to_nf4: torch.tensor(9.0), "On our weight it should be"),
+    ("qlora", "merge_error", lambda w, A, B, s, to_nf4: (to_nf4(w) - w), "It returns Tensor; return one number"),
+    ("qlora", "merge_error", lambda w, A, B, s, to_nf4: w + A @ B, "your function raised RuntimeError"),
 ]  # fmt: skip
 
 
@@ -251,4 +262,4 @@ OTHERS = [
 )
 def test_another_answer(checks, name, function, hint, capsys):
     line = said(capsys, getattr(importlib.import_module(f"helpers.checks.{checks}"), name), function)
-    assert line.startswith("not yet. ") and hint in line if hint else line.startswith("correct. "), line
+    assert (hint in line and not line.startswith("correct. ")) if hint else line.startswith("correct. "), line

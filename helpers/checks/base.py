@@ -57,7 +57,7 @@ class Exercise:
     same type included. Where the result is a tuple, it is enough to agree up to the first part that is wrong.
 
     Attributes:
-        right: the right answer. Its parameters name the arguments in hints.
+        right: the right answer. Its parameters name the arguments where there is no `otherwise`.
         cases: argument tuples. Each call gets a copy, and has to leave it as it is.
         mistakes: hint -> wrong answer, or several of them.
         learned: what a correct answer shows.
@@ -129,9 +129,10 @@ class Exercise:
             raise
         except Exception as error:
             return error
-        for name, before, after in zip(inspect.signature(self.right).parameters, case, given, strict=False):
+        for i, (before, after) in enumerate(zip(case, given, strict=True)):
             if not same(before, after):
-                raise Hint(f"It changes {name} in place: work on a copy.")
+                names = list(inspect.signature(answer).parameters)
+                raise Hint(f"It changes {names[i] if i < len(names) else 'its arguments'} in place: work on a copy.")
         return found
 
     def _likely(self, found: list[Any], right: list[Any]) -> str | None:
