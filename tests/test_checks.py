@@ -39,10 +39,9 @@ each_exercise = pytest.mark.parametrize(
 )
 
 
-def said(capsys, exercise, function, name="answer"):
+def said(capsys, exercise, function):
     """Return what the check prints about a function: one line, and nothing else is changed by it."""
-    function.__name__ = name
-    state, cases = torch.get_rng_state(), copy.deepcopy(exercise.cases)
+    name, state, cases = function.__name__, torch.get_rng_state(), copy.deepcopy(exercise.cases)
     exercise(function)
     assert torch.equal(torch.get_rng_state(), state), "the check leaves other random numbers behind"
     assert base.same(list(exercise.cases), list(cases)), "a case has been changed"

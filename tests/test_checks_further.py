@@ -106,7 +106,7 @@ ANSWERS = {
     clinic: [
         ("triage", lambda log: "Diverged", "It returns 'Diverged'; return one of 'diverged'"),
         ("triage", clinic._triage("dead", limit=0.0), "are 0, it should say 'no labels', and it says 'healthy'"),
-        ("triage", lambda log: clinic._triage()([log.pop(0), *log]), "It changes log in place"),
+        ("triage", lambda log: clinic._triage()([log.pop(0), *log]), "in place: work on a copy"),
         ("leaked", clinic._leaked(lambda text: tuple(text.casefold().split())), RIGHT),
         ("leaked", every_pair, "convert each text once"),
         ("leaked", lambda train, test: [test[0]], "It returns texts"),

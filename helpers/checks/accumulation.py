@@ -26,20 +26,16 @@ number_of_updates = Exercise(
     right=lambda examples, micro_batch, steps, epochs: epochs * _up(_up(examples, micro_batch), steps),
     cases=[(20, 2, 4, 1), (20, 2, 4, 3), (21, 4, 3, 2), (7, 8, 4, 1), (400, 8, 4, 3), (17, 4, 4, 2)],
     mistakes={
-        "It counts micro-batches; the optimizer steps once for each window of `steps` of them.": (
-            lambda n, m, steps, epochs: epochs * _up(n, m)
-        ),
-        "It rounds down, so the tail is lost: a shorter last window counts too.": (
-            lambda n, m, steps, epochs: epochs * (_up(n, m) // steps)
-        ),
+        "It counts micro-batches; the optimizer steps once for each window of `steps` of them.":
+            lambda n, m, steps, epochs: epochs * _up(n, m),
+        "It rounds down, so the tail is lost: a shorter last window counts too.":
+            lambda n, m, steps, epochs: epochs * (_up(n, m) // steps),
         "It rounds down, so the last rows are lost: a shorter last micro-batch, and a shorter last window, count "
         "too.": (lambda n, m, steps, epochs: epochs * (n // (m * steps))),
-        "It drops a last micro-batch of fewer than `micro_batch` rows.": (
-            lambda n, m, steps, epochs: epochs * _up(n // m, steps)
-        ),
-        "It lets a window run on into the next epoch: round up first, then multiply by `epochs`.": (
-            lambda n, m, steps, epochs: _up(epochs * _up(n, m), steps)
-        ),
+        "It drops a last micro-batch of fewer than `micro_batch` rows.":
+            lambda n, m, steps, epochs: epochs * _up(n // m, steps),
+        "It lets a window run on into the next epoch: round up first, then multiply by `epochs`.":
+            lambda n, m, steps, epochs: _up(epochs * _up(n, m), steps),
         "It counts one epoch: multiply by `epochs`.": lambda n, m, steps, epochs: _up(_up(n, m), steps),
     },
     returns="the number of updates, an int",
@@ -48,7 +44,7 @@ number_of_updates = Exercise(
         f"{found}."
     ),
     learned="Every micro-batch and every window counts, the short ones at the end of an epoch too.",
-)
+)  # fmt: skip
 
 MEAN_OF_MEANS = (
     "This is the mean of the micro-batches' means: a token counts for more in a micro-batch with few labels. Divide "
@@ -128,25 +124,21 @@ window_loss = Exercise(
     mistakes={hint: [_over(divisor) for divisor in divisors] for hint, divisors in WRONG_DIVISORS.items()}
     | {
         MEAN_OF_MEANS: [_means(lambda y, labels: 1 / len(labels))],
-        "It adds up the micro-batches' means: divide one sum of token losses by one count of labels.": [
-            _means(lambda y, labels: 1)
-        ],
-        "It weights the micro-batches' means by rows; their weight is the number of label tokens.": [
-            _means(lambda y, labels: len(y) / sum(map(len, labels)))
-        ],
-        "Logits and labels are not shifted: logits[:, t] predict the label at t + 1.": [
-            _over(count, AS_IT_IS, AS_IT_IS) for count in (_label_tokens, _before_the_shift)
-        ],
-        "They are shifted the wrong way: logits[:, :-1] belong to labels[:, 1:].": [
-            _over(count, FROM_1, TO_LAST) for count in (_label_tokens, _before_the_shift)
-        ],
+        "It adds up the micro-batches' means: divide one sum of token losses by one count of labels.":
+            [_means(lambda y, labels: 1)],
+        "It weights the micro-batches' means by rows; their weight is the number of label tokens.":
+            [_means(lambda y, labels: len(y) / sum(map(len, labels)))],
+        "Logits and labels are not shifted: logits[:, t] predict the label at t + 1.":
+            [_over(count, AS_IT_IS, AS_IT_IS) for count in (_label_tokens, _before_the_shift)],
+        "They are shifted the wrong way: logits[:, :-1] belong to labels[:, 1:].":
+            [_over(count, FROM_1, TO_LAST) for count in (_label_tokens, _before_the_shift)],
         CUT_OFF: [lambda logits, labels: _over(_label_tokens)(logits, labels).detach()],
     },
     returns="a tensor with one number, on which backward() can be called",
     otherwise=lambda logits, labels, found, right: f"On our window it should be {right:.4f}, and it is {found:.4f}.",
     further=[_has_a_graph],
     learned="One sum of token losses over one count of label tokens, however the window is split.",
-)
+)  # fmt: skip
 
 
 class _ToyLM(nn.Module):
@@ -250,51 +242,40 @@ train_epoch = Exercise(
             _loop(lambda window, batch, steps: len(window) * _label_tokens(_labels([batch]))),
             _loop(lambda window, batch, steps: steps * _label_tokens(_labels([batch])), tail="leak"),
         ],
-        "It adds up the micro-batches' means: divide the token losses by the window's labels.": [
-            _loop(lambda window, batch, steps: _label_tokens(_labels([batch])))
-        ],
-        "It divides by `steps` as well: dividing by the label tokens of the window is enough.": [
-            _loop(lambda window, batch, steps: steps * _label_tokens(_labels(window)))
-        ],
-        "It counts the prompt too: count only where labels[:, 1:] != -100.": [
-            _loop(lambda window, batch, steps: sum(int(x["attention_mask"].sum()) for x in window))
-        ],
-        "Only the last micro-batch of the window is left in .grad: call zero_grad() once for each window.": [
-            _loop(zero="each micro-batch")
-        ],
+        "It adds up the micro-batches' means: divide the token losses by the window's labels.":
+            [_loop(lambda window, batch, steps: _label_tokens(_labels([batch])))],
+        "It divides by `steps` as well: dividing by the label tokens of the window is enough.":
+            [_loop(lambda window, batch, steps: steps * _label_tokens(_labels(window)))],
+        "It counts the prompt too: count only where labels[:, 1:] != -100.":
+            [_loop(lambda window, batch, steps: sum(int(x["attention_mask"].sum()) for x in window))],
+        "Only the last micro-batch of the window is left in .grad: call zero_grad() once for each window.":
+            [_loop(zero="each micro-batch")],
         f"{TAIL} not stepped, and its gradients leak into the first update of the next epoch.": [_loop(tail="leak")],
         f"{TAIL} dropped.": [_loop(tail="drop")],
-        "The second update still holds the gradients of the first: call zero_grad() after step().": [
-            _loop(zero="never")
-        ],
-        "The tail has half its weight: it has one micro-batch and is divided as if it had `steps`.": [
-            _loop(lambda window, batch, steps: _label_tokens(_labels(window)) * steps / len(window))
-        ],
+        "The second update still holds the gradients of the first: call zero_grad() after step().":
+            [_loop(zero="never")],
+        "The tail has half its weight: it has one micro-batch and is divided as if it had `steps`.":
+            [_loop(lambda window, batch, steps: _label_tokens(_labels(window)) * steps / len(window))],
     }
     | {hint: [_loop(_of_labels(divisor)) for divisor in divisors] for hint, divisors in WRONG_DIVISORS.items()},
     otherwise=_difference,
     learned="Weighted by tokens, the tail stepped, nothing left over.",
-)
+)  # fmt: skip
 
 accelerate_loss = Exercise(
     right=lambda token_loss_sum, label_tokens, steps, processes: token_loss_sum / label_tokens * steps * processes,
     cases=[(torch.tensor(12.0), 40, 4, 1), (torch.tensor(30.0), 120, 4, 2), (torch.tensor(7.0), 20, 8, 3)],
     mistakes={
-        "Both divisions are still to be undone, the one by `steps` and the one by `processes`.": (
-            lambda total, n, steps, processes: total / n
-        ),
-        "accelerator.backward divides by `steps`: multiply by `steps` to undo it.": (
-            lambda total, n, steps, processes: total / n * processes
-        ),
-        "DDP averages the gradients over the processes: multiply by `processes` to undo it.": (
-            lambda total, n, steps, processes: total / n * steps
-        ),
-        "accelerator.backward divides by `steps` already: multiply by it, do not divide again.": (
-            lambda total, n, steps, processes: total / n / steps
-        ),
-        "DDP divides by `processes` already: multiply by it, do not divide again.": (
-            lambda total, n, steps, processes: total / n * steps / processes
-        ),
+        "Both divisions are still to be undone, the one by `steps` and the one by `processes`.":
+            lambda total, n, steps, processes: total / n,
+        "accelerator.backward divides by `steps`: multiply by `steps` to undo it.":
+            lambda total, n, steps, processes: total / n * processes,
+        "DDP averages the gradients over the processes: multiply by `processes` to undo it.":
+            lambda total, n, steps, processes: total / n * steps,
+        "accelerator.backward divides by `steps` already: multiply by it, do not divide again.":
+            lambda total, n, steps, processes: total / n / steps,
+        "DDP divides by `processes` already: multiply by it, do not divide again.":
+            lambda total, n, steps, processes: total / n * steps / processes,
         "Divide by the label tokens of the window.": lambda total, n, steps, processes: total * steps * processes,
     },
     returns="the loss for accelerator.backward, a tensor with one number",
@@ -304,4 +285,4 @@ accelerate_loss = Exercise(
         )
     ),
     learned="After both divisions each label token of the window has the same weight.",
-)
+)  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 Answer = Callable[..., Any]
 CORRECT, WRONG, STUB, NOT_RUN = "correct", "Wrong", "Not written", "Check not run"
 # The last result of each exercise, in the order of the first calls.
-_results: dict[Any, str] = {}
+_results: dict[Exercise, str] = {}
 
 
 class Hint(Exception):
@@ -216,8 +216,7 @@ def progress(checks: ModuleType) -> None:
     Args:
         checks: the notebook's module of checks. Each of its exercises is counted, also those not yet checked.
     """
-    exercises: dict[Any, str] = {value: name for name, value in vars(checks).items() if isinstance(value, Exercise)}
-    exercises |= _functions(checks)
+    exercises = {value: name for name, value in vars(checks).items() if isinstance(value, Exercise)}
     in_order = [key for key in _results if key in exercises] + [key for key in exercises if key not in _results]
     found = {exercises[key]: _results.get(key, NOT_RUN) for key in in_order}
     right = sum(result == CORRECT for result in found.values())
@@ -226,48 +225,3 @@ def progress(checks: ModuleType) -> None:
         if names := [name for name, last in found.items() if last == result]:
             line += f" {result}: {', '.join(names)}."
     print(line)
-
-
-# For the modules whose exercises are functions; goes with the last of them.
-
-
-def _functions(checks: ModuleType) -> dict[Any, str]:
-    return {
-        f"{checks.__name__}.{name}": name
-        for name, value in vars(checks).items()
-        if inspect.isfunction(value) and value.__module__ == checks.__name__ and not name.startswith("_")
-    }
-
-
-def check(function: Callable[..., object], test: Callable[[], None], learned: str) -> None:
-    """Run `test` on a learner's function and print one line: not written yet, a hint, or correct."""
-    name = function.__name__
-    exercise = f"{test.__module__}.{test.__qualname__}".partition(".<locals>")[0]
-    _results[exercise] = WRONG
-    random_state = torch.get_rng_state()
-    try:
-        test()
-    except NotImplementedError:
-        _results[exercise] = STUB
-        print(f"{name}: not written yet. Replace `raise NotImplementedError` and run both cells again.")
-    except Hint as hint:
-        print(f"{name}: not yet. {hint}")
-    except Exception as error:
-        print(f"{name}: your function raised {type(error).__name__}: {error}")
-    else:
-        _results[exercise] = CORRECT
-        print(f"{name}: correct. {learned}")
-    finally:
-        torch.set_rng_state(random_state)
-
-
-def compare(
-    result: torch.Tensor, right: torch.Tensor, mistakes: list[tuple[torch.Tensor, str]], otherwise: str
-) -> None:
-    """Raise `Hint` unless a result is right, to a relative 1e-5: with the hint of the mistake whose result this is."""
-
-    def agrees(other: torch.Tensor) -> bool:
-        return torch.allclose(result.double(), other.double(), rtol=1e-5)
-
-    if not agrees(right):
-        raise Hint(next((hint for wrong, hint in mistakes if agrees(wrong)), otherwise))

@@ -43,9 +43,8 @@ lora_gradients = Exercise(
     right=_by_autograd,
     cases=[(_random(5, 6), _random(2, 6), _random(5, 2), 4.0)],
     mistakes={
-        "The two are swapped: return A's gradient (r, in) first, then B's (out, r).": (
-            lambda G, A, B, scaling: (scaling * G @ A.T, scaling * B.T @ G)
-        ),
+        "The two are swapped: return A's gradient (r, in) first, then B's (out, r).":
+            lambda G, A, B, scaling: (scaling * G @ A.T, scaling * B.T @ G),
     }
     | {
         f"The gradient of {name} {hint}": _changed(part, change)
@@ -63,7 +62,7 @@ lora_gradients = Exercise(
         "and the other matrix."
     ),
     learned="With B = 0 the gradient of A is zero: that is why A waits for one step.",
-)
+)  # fmt: skip
 
 
 def _kept_by_adamw(model: nn.Module) -> int:
@@ -93,26 +92,21 @@ adamw_state_bytes = Exercise(
     right=_kept_by_adamw,
     cases=[(_seeded(_layers),)],
     mistakes={
-        "You counted the frozen parameters too. AdamW keeps nothing for a parameter without a gradient.": (
-            _count(lambda p: 2 * p.numel() * p.element_size(), lambda p: True)
-        ),
-        "AdamW keeps two means for each parameter: of the gradient, and of its square.": (
-            _count(lambda p: p.numel() * p.element_size())
-        ),
-        "That is the number of entries. Multiply by the bytes of one: `p.element_size()`.": (
-            _count(lambda p: 2 * p.numel())
-        ),
-        "Not every parameter has 4 bytes an entry: this model has bfloat16 too. Use `p.element_size()`.": (
-            _count(lambda p: 8 * p.numel())
-        ),
-        "You got 0. Before the first step `.grad` is None everywhere: go by `requires_grad`.": (
-            _count(lambda p: 2 * p.numel() * p.element_size(), lambda p: p.grad is not None)
-        ),
+        "You counted the frozen parameters too. AdamW keeps nothing for a parameter without a gradient.":
+            _count(lambda p: 2 * p.numel() * p.element_size(), lambda p: True),
+        "AdamW keeps two means for each parameter: of the gradient, and of its square.":
+            _count(lambda p: p.numel() * p.element_size()),
+        "That is the number of entries. Multiply by the bytes of one: `p.element_size()`.":
+            _count(lambda p: 2 * p.numel()),
+        "Not every parameter has 4 bytes an entry: this model has bfloat16 too. Use `p.element_size()`.":
+            _count(lambda p: 8 * p.numel()),
+        "You got 0. Before the first step `.grad` is None everywhere: go by `requires_grad`.":
+            _count(lambda p: 2 * p.numel() * p.element_size(), lambda p: p.grad is not None),
     },
     returns="an int",
     otherwise=lambda model, found, right: f"AdamW kept {right} bytes for the test's model, and you say {found}.",
     learned="Two means for each trained entry, and nothing for a frozen one: that is LoRA's saving.",
-)
+)  # fmt: skip
 
 
 def _trained() -> nn.Module:

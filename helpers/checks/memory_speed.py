@@ -23,14 +23,12 @@ bytes_without_activations = Exercise(
     mistakes={
         f"It has 12 bytes for each trainable parameter, three numbers of four bytes. {FOUR}": _bytes(lambda bits: 12),
         f"It has 8 bytes for each trainable parameter, two numbers of four bytes. {FOUR}": _bytes(lambda bits: 8),
-        "It counts only the weights. A trainable parameter also has a gradient, and AdamW keeps two averages.": (
-            _bytes(lambda bits: 4)
-        ),
+        "It counts only the weights. A trainable parameter also has a gradient, and AdamW keeps two averages.":
+            _bytes(lambda bits: 4),
         "A byte has 8 bits: divide the bits of the frozen parameters by 8.": lambda f, t, bits: f * bits + 16 * t,
         "This is in bits: divide by 8.": lambda f, t, bits: f * bits + 128 * t,
-        "A frozen parameter has no gradient, and no state in the optimizer: it takes `bits` bits and no more.": (
-            lambda f, t, bits: 16 * (f + t)
-        ),
+        "A frozen parameter has no gradient, and no state in the optimizer: it takes `bits` bits and no more.":
+            lambda f, t, bits: 16 * (f + t),
         ONLY_BITS: lambda f, t, bits: f * (bits / 8 + 4) + 16 * t,
         FLOAT32: [_bytes(lambda bits: bits / 2), _bytes(lambda bits: bits / 8 + 12)],
         "The frozen parameters are missing: they are in memory too.": lambda f, t, bits: 16 * t,
@@ -43,7 +41,7 @@ bytes_without_activations = Exercise(
         f"is {right:,.0f}, and it says {found:,.0f}."
     ),
     learned="16 bytes for what is trained, and a fraction of a byte up to two for what is not.",
-)
+)  # fmt: skip
 
 
 def _flops(base: int = 4, adapter: int = 6, again: Answer = lambda f, a: 2 * (f + a), factor: float = 1.0) -> Answer:
@@ -63,28 +61,23 @@ lora_step_flops = Exercise(
         "The backward pass must go through the frozen weights as well: their input's gradient is what the adapters "
         "below get theirs from.": _flops(2, 6),
         "The adapters' own products are missing.": _flops(4, 0, lambda f, a: 2 * f),
-        "The frozen weights are missing: their layers compute too, forward and backward.": (
-            _flops(0, 6, lambda f, a: 2 * a)
-        ),
+        "The frozen weights are missing: their layers compute too, forward and backward.":
+            _flops(0, 6, lambda f, a: 2 * a),
         "With checkpointing it should be more: the forward pass is computed twice.": _flops(again=lambda f, a: 0),
-        "With checkpointing the whole layer is computed again, and the adapters are a part of it.": (
-            _flops(again=lambda f, a: 2 * f)
-        ),
-        "With checkpointing only the forward pass is computed again, not the whole step.": (
-            _flops(again=lambda f, a: 4 * f + 6 * a)
-        ),
-        "It is the wrong way round: with checkpointing there is more to compute.": (
-            lambda f, a, t, twice: _flops()(f, a, t, not twice)
-        ),
-        "A multiplication and an addition are two operations: the count is half of what it should be.": (
-            _flops(factor=0.5)
-        ),
+        "With checkpointing the whole layer is computed again, and the adapters are a part of it.":
+            _flops(again=lambda f, a: 2 * f),
+        "With checkpointing only the forward pass is computed again, not the whole step.":
+            _flops(again=lambda f, a: 4 * f + 6 * a),
+        "It is the wrong way round: with checkpointing there is more to compute.":
+            lambda f, a, t, twice: _flops()(f, a, t, not twice),
+        "A multiplication and an addition are two operations: the count is half of what it should be.":
+            _flops(factor=0.5),
         "This is for one token: multiply by the number of tokens.": lambda f, a, t, twice: _flops()(f, a, 1, twice),
     },
     returns="a number of operations",
     otherwise=lambda *c: f"For {c[:4]} it is {c[5]:,.0f}, and it says {c[4]:,.0f}.",
     learned="Four for each frozen weight and token, six for each of the adapters', and two more to recompute.",
-)
+)  # fmt: skip
 
 
 def _pack(positions: Answer = lambda p, rows: p, mask: Answer = lambda same, past: same & past) -> Answer:
@@ -110,28 +103,25 @@ packed = Exercise(
     mistakes={
         "The positions run on: they start again at zero in each row.": _pack(lambda p, rows: torch.arange(len(p))),
         "The positions start at one; the first token of a row has position zero.": _pack(lambda p, rows: p + 1),
-        "These are the numbers of the rows. The position of a token is counted within its row.": (
-            _pack(lambda p, rows: rows)
-        ),
+        "These are the numbers of the rows. The position of a token is counted within its row.":
+            _pack(lambda p, rows: rows),
         "The positions fall: they rise from zero.": _pack(lambda p, rows: torch.bincount(rows)[rows] - 1 - p),
         "A token sees the rows before its own: allow only what is in the same row.": _pack(
             mask=lambda same, past: past
         ),
         "A token sees what comes after it: within a row, j may not be above i.": _pack(mask=lambda same, past: same),
-        "It is turned around: mask[i, j] is about token i looking back at token j.": (
-            _pack(mask=lambda same, past: same & past.T)
-        ),
+        "It is turned around: mask[i, j] is about token i looking back at token j.":
+            _pack(mask=lambda same, past: same & past.T),
         "A token may see itself: the diagonal is True.": _pack(mask=lambda same, past: same & past.tril(-1)),
         "It is inverted: True says that a token may be seen.": _pack(mask=lambda same, past: ~(same & past)),
         "It allows the rows before and not the token's own.": _pack(mask=lambda same, past: ~same & past),
-        "Every token sees every other: allow only the past, and only within a row.": (
-            _pack(mask=lambda same, past: torch.ones_like(past))
-        ),
+        "Every token sees every other: allow only the past, and only within a row.":
+            _pack(mask=lambda same, past: torch.ones_like(past)),
     },
     returns="two tensors, the positions (int64) and the mask (bool)",
     otherwise=_first_difference,
     learned="Each row begins at zero and sees itself and what came before, as if it were alone.",
-)
+)  # fmt: skip
 
 _labels = torch.full((3, 14), -100)
 _labels[0, [3, 4, 9]], _labels[1, [4, 5, 9]], _labels[2, [9, 11, 12]] = 7, 8, 0  # 0 is a token as well
@@ -160,19 +150,17 @@ columns_to_keep = Exercise(
         "Between the first and the last column some are not needed.": _between,
         "These are all columns.": lambda y: torch.arange(y.shape[1]),
         "These are all columns but the last.": lambda y: torch.arange(y.shape[1] - 1),
-        "A label can be 0, which is a token like any other: only -100 means that there is none.": (
-            _columns(lambda y: y[:, 1:] > 0)
-        ),
+        "A label can be 0, which is a token like any other: only -100 means that there is none.":
+            _columns(lambda y: y[:, 1:] > 0),
         "These are the columns without a label in some row.": _columns(lambda y: y[:, 1:] == -100),
         "A column comes up once for each row: name it once.": lambda y: (y[:, 1:] != -100).nonzero()[:, 1],
         "The columns should be in rising order, each once.": lambda y: _columns()(y).flip(0),
-        "This says for each column yes or no. Return the numbers of the columns: nonzero gives them.": (
-            lambda y: (y[:, 1:] != -100).any(dim=0)
-        ),
+        "This says for each column yes or no. Return the numbers of the columns: nonzero gives them.":
+            lambda y: (y[:, 1:] != -100).any(dim=0),
     },
     returns="one number for each column, in one dimension",
     otherwise=lambda labels, found, right: (
         f"Labels in the columns {(labels != -100).any(dim=0).nonzero().flatten().tolist()} need {right.tolist()}."
     ),
     learned="The last column of a label is never among them: nothing is predicted after it.",
-)
+)  # fmt: skip

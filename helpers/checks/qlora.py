@@ -72,34 +72,27 @@ smallest_rank = Exercise(
         ([(512, 3000)], 4096),
     ],
     mistakes={
-        "It rounds down, so the smallest matrix stays just below the limit: round up.": (
-            _rank(_smallest, lambda n, d: n // d)
-        ),
-        "It does not round: a rank is a whole number, and must reach the limit, so round up.": (
-            _rank(_smallest, lambda n, d: n / d)
-        ),
-        "It asks for more elements than the limit; a matrix with exactly that many is large enough.": (
-            _rank(_smallest, lambda n, d: n // d + 1)
-        ),
-        "It looks at A, (r, d_in), only; B, (d_out, r), has to reach the limit too.": (
-            _rank(lambda shapes: min(d_in for _, d_in in shapes))
-        ),
-        "It looks at B, (d_out, r), only; A, (r, d_in), has to reach the limit too.": (
-            _rank(lambda shapes: min(d_out for d_out, _ in shapes))
-        ),
-        "It goes by the largest matrix; every one has to reach the limit, so the smallest decides.": (
-            _rank(lambda shapes: max(map(max, shapes)))
-        ),
-        "A and B have state of their own: neither A and B together nor W_0 has to reach the limit.": (
-            _rank(lambda shapes: min(map(sum, shapes)))
-        ),
+        "It rounds down, so the smallest matrix stays just below the limit: round up.":
+            _rank(_smallest, lambda n, d: n // d),
+        "It does not round: a rank is a whole number, and must reach the limit, so round up.":
+            _rank(_smallest, lambda n, d: n / d),
+        "It asks for more elements than the limit; a matrix with exactly that many is large enough.":
+            _rank(_smallest, lambda n, d: n // d + 1),
+        "It looks at A, (r, d_in), only; B, (d_out, r), has to reach the limit too.":
+            _rank(lambda shapes: min(d_in for _, d_in in shapes)),
+        "It looks at B, (d_out, r), only; A, (r, d_in), has to reach the limit too.":
+            _rank(lambda shapes: min(d_out for d_out, _ in shapes)),
+        "It goes by the largest matrix; every one has to reach the limit, so the smallest decides.":
+            _rank(lambda shapes: max(map(max, shapes))),
+        "A and B have state of their own: neither A and B together nor W_0 has to reach the limit.":
+            _rank(lambda shapes: min(map(sum, shapes))),
     },
     returns="the rank, an int",
     otherwise=lambda shapes, elements, found, right: (
         f"For {shapes} and {elements:,} elements it should be {right}, and it is {found:g}."
     ),
     learned="The smallest side of any adapted layer decides.",
-)
+)  # fmt: skip
 
 Log = list[dict[str, float]]
 
@@ -157,9 +150,8 @@ first_bad_step = Exercise(
         "It finds nothing, or returns nothing. NaN equals nothing, not even itself: ask math.isfinite.": lambda log: (
             None
         ),
-        f"It asks every entry for 'loss', {NONE}": (
-            lambda log: next((e["step"] for e in log if _bad(e["loss"], e["grad_norm"])), None)
-        ),
+        f"It asks every entry for 'loss', {NONE}":
+            lambda log: next((e["step"] for e in log if _bad(e["loss"], e["grad_norm"])), None),
         "Return the number of the step, an int, or None.": _first(_bad, lambda log, i: str(log[i]["step"])),
         "A loss of 0.0 alone is no proof: a batch without labels has it too. Look at the gradient norm.": [
             _first(lambda loss, norm: loss == 0.0 or _bad(loss, norm)),
@@ -169,28 +161,23 @@ first_bad_step = Exercise(
             _first(lambda loss, norm: not math.isfinite(loss)),
             _first(lambda loss, norm: math.isnan(loss) or math.isinf(norm)),
         ],
-        "It misses infinity: a gradient norm of inf ruins the weights as NaN does. Ask math.isfinite.": (
-            _first(lambda loss, norm: math.isnan(loss) or math.isnan(norm))
-        ),
-        "It looks for NaN in the gradient norm only: the loss may be NaN first, and a norm may be inf.": (
-            _first(lambda loss, norm: math.isnan(norm))
-        ),
-        "It looks at the gradient norm only. Where the loss is NaN, the step is bad as well.": (
-            _first(lambda loss, norm: not math.isfinite(norm))
-        ),
-        "It returns the position in the list; the number of the step is under the key 'step'.": (
-            _first(_bad, lambda log, i: i)
-        ),
-        "It returns the last good step; the first bad one is asked for.": (
-            _first(_bad, lambda log, i: log[i - 1]["step"])
-        ),
+        "It misses infinity: a gradient norm of inf ruins the weights as NaN does. Ask math.isfinite.":
+            _first(lambda loss, norm: math.isnan(loss) or math.isnan(norm)),
+        "It looks for NaN in the gradient norm only: the loss may be NaN first, and a norm may be inf.":
+            _first(lambda loss, norm: math.isnan(norm)),
+        "It looks at the gradient norm only. Where the loss is NaN, the step is bad as well.":
+            _first(lambda loss, norm: not math.isfinite(norm)),
+        "It returns the position in the list; the number of the step is under the key 'step'.":
+            _first(_bad, lambda log, i: i),
+        "It returns the last good step; the first bad one is asked for.":
+            _first(_bad, lambda log, i: log[i - 1]["step"]),
         "It returns the last bad step; the first one is asked for.": lambda log: _first(_bad)(log[::-1]),
     },
     run=_asked,
     returns="the number of the step, an int, or None",
     otherwise=_step,
     learned="The gradient norm tells what the filtered loss hides.",
-)
+)  # fmt: skip
 
 
 def _to_nf4(weight: Tensor) -> Tensor:
@@ -222,31 +209,24 @@ merge_error = Exercise(
     agrees=partial(same, rtol=1e-3),
     mistakes={
         "It leaves out the scaling: the change is scaling * B @ A.": _relative(change=lambda product, scaling: product),
-        "It divides by the scaling; the change is scaling * B @ A.": (
-            _relative(change=lambda product, scaling: product / scaling)
-        ),
-        "It rounds the change alone. What is rounded is the sum, weight + change.": (
-            _relative(lambda w, change, to_nf4: to_nf4(change) - change)
-        ),
-        "It measures against the whole weight; measure against the change, which is what was learned.": (
-            _relative(to=lambda w, change: w + change)
-        ),
-        "It measures against the base weight; measure against the change, which is what was learned.": (
-            _relative(to=lambda w, change: w)
-        ),
-        "It compares the rounded weight with the base; compare it with weight + change.": (
-            _relative(lambda w, change, to_nf4: to_nf4(w + change) - w)
-        ),
-        "It subtracts a change that was rounded by itself; compare with weight + change.": (
-            _relative(lambda w, change, to_nf4: to_nf4(w + change) - w - to_nf4(change))
-        ),
-        "It returns the square of the norms' ratio: take norms, not sums of squares.": (
-            lambda *given: _relative()(*given) ** 2
-        ),
+        "It divides by the scaling; the change is scaling * B @ A.":
+            _relative(change=lambda product, scaling: product / scaling),
+        "It rounds the change alone. What is rounded is the sum, weight + change.":
+            _relative(lambda w, change, to_nf4: to_nf4(change) - change),
+        "It measures against the whole weight; measure against the change, which is what was learned.":
+            _relative(to=lambda w, change: w + change),
+        "It measures against the base weight; measure against the change, which is what was learned.":
+            _relative(to=lambda w, change: w),
+        "It compares the rounded weight with the base; compare it with weight + change.":
+            _relative(lambda w, change, to_nf4: to_nf4(w + change) - w),
+        "It subtracts a change that was rounded by itself; compare with weight + change.":
+            _relative(lambda w, change, to_nf4: to_nf4(w + change) - w - to_nf4(change)),
+        "It returns the square of the norms' ratio: take norms, not sums of squares.":
+            lambda *given: _relative()(*given) ** 2,
         "It is not relative: divide by the norm of the change.": _relative(to=lambda w, change: torch.ones(1)),
         "It finds no error at all: to_nf4 has to be applied to weight + change.": lambda *given: 0.0,
     },
     returns="one number",
     otherwise=lambda *values: f"On our weight it should be {values[-1]:.3f}, and it is {values[-2]:.3f}.",
     learned="The distance between two levels follows the weights, not the change, which is small beside it.",
-)
+)  # fmt: skip

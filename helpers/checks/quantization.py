@@ -83,17 +83,13 @@ quantize_int8 = Exercise(
     run=_without_nan,
     mistakes={
         "The codes are torch.float32: convert them with .to(torch.int8) after rounding.": _int8(dtype=torch.float32),
-        "It has one absmax for the whole tensor: take the largest of each row of blocks, dim=1.": [
-            _int8(lambda blocks: blocks.abs().max()),
-            _int8(result=lambda absmax: absmax.max()),
-        ],
-        "absmax has one number for each block: keep the dimension only for the division.": (
-            _int8(lambda blocks: blocks.abs().amax(dim=1, keepdim=True))
-        ),
+        "It has one absmax for the whole tensor: take the largest of each row of blocks, dim=1.":
+            [_int8(lambda blocks: blocks.abs().max()), _int8(result=lambda absmax: absmax.max())],
+        "absmax has one number for each block: keep the dimension only for the division.":
+            _int8(lambda blocks: blocks.abs().amax(dim=1, keepdim=True)),
         "The absmax is the largest value: take absolute values first.": _int8(lambda blocks: blocks.amax(dim=1)),
-        "It returns absmax / 127, the step between levels. Return the absmax itself.": (
-            _int8(result=lambda absmax: absmax / 127)
-        ),
+        "It returns absmax / 127, the step between levels. Return the absmax itself.":
+            _int8(result=lambda absmax: absmax / 127),
         "It returns 127 / absmax. Return the absmax itself.": _int8(result=lambda absmax: 127 / absmax),
         "The blocks are not consecutive: reshape(-1, block_size) has a block in each row, and reshape(block_size, -1) "
         "has not.": _int8(blocks=lambda x, block_size: x.reshape(block_size, -1).T),
@@ -102,14 +98,13 @@ quantize_int8 = Exercise(
         "It multiplies by 7, the largest 4-bit code. With 8 bits it is 127.": _int8(factor=7),
         "127 is missing: the codes run from -127 to 127.": [_int8(factor=1), _int8(factor=1, rounded=torch.trunc)],
         "The codes are scaled by the absmax of the whole tensor: divide each block by its own.": _scaled_by_all,
-        "It multiplies by 128. 128 does not fit into int8 and wraps around to -128; 127 is the largest.": (
-            _int8(factor=128)
-        ),
+        "It multiplies by 128. 128 does not fit into int8 and wraps around to -128; 127 is the largest.":
+            _int8(factor=128),
     },
     returns="two tensors, the codes (int8, one row for each block) and the absmax (one number for each block)",
     otherwise=_off,
     learned="One scale for each block, and each code within half a step of its weight.",
-)
+)  # fmt: skip
 
 
 def _middle(codebook: Tensor) -> Tensor:
@@ -136,43 +131,33 @@ nearest_code = Exercise(
     cases=[(_values, _uneven), (_values, torch.tensor([-1.0, -0.2, 0.7, 1.0]))],
     run=_any_integer,
     mistakes={
-        "It returns the nearest level. Return its index: the level is codebook[index].": (
-            lambda values, codebook: codebook[torch.bucketize(values, _middle(codebook))]
-        ),
+        "It returns the nearest level. Return its index: the level is codebook[index].":
+            lambda values, codebook: codebook[torch.bucketize(values, _middle(codebook))],
         "It counts the levels below a value, so it takes the next level above, near or not. Count the midpoints "
         "between levels.": torch.bucketize,
-        "It takes the next level below, near or not. Count the midpoints between levels.": (
-            lambda values, codebook: torch.bucketize(values, codebook, right=True) - 1
-        ),
-        "It is one too high: a value below the first midpoint has the code 0.": (
-            lambda values, codebook: torch.bucketize(values, _middle(codebook)) + 1
-        ),
-        "It is one too low: a value below the first midpoint has the code 0.": (
-            lambda values, codebook: torch.bucketize(values, _middle(codebook)) - 1
-        ),
-        "It counts the midpoints above the value: count those below.": (
-            lambda values, codebook: len(codebook) - 1 - torch.bucketize(values, _middle(codebook))
-        ),
-        "It takes the levels for evenly spaced. Use the codebook as it is given.": (
-            lambda values, codebook: ((values + 1) * (len(codebook) - 1) / 2).round().long()
-        ),
-        "It takes half the difference of neighbouring levels; a midpoint is half their sum.": (
-            lambda values, codebook: torch.bucketize(values, (codebook[1:] - codebook[:-1]) / 2)
-        ),
-        "A midpoint is half the sum of two neighbouring levels; this is the sum.": (
-            lambda values, codebook: torch.bucketize(values, codebook[1:] + codebook[:-1])
-        ),
-        "It takes the farthest level: argmin, not argmax.": (
-            lambda values, codebook: (values[..., None] - codebook).abs().argmax(dim=-1)
-        ),
-        "The distance has no sign: take the absolute value before argmin.": (
-            lambda values, codebook: (values[..., None] - codebook).argmin(dim=-1)
-        ),
+        "It takes the next level below, near or not. Count the midpoints between levels.":
+            lambda values, codebook: torch.bucketize(values, codebook, right=True) - 1,
+        "It is one too high: a value below the first midpoint has the code 0.":
+            lambda values, codebook: torch.bucketize(values, _middle(codebook)) + 1,
+        "It is one too low: a value below the first midpoint has the code 0.":
+            lambda values, codebook: torch.bucketize(values, _middle(codebook)) - 1,
+        "It counts the midpoints above the value: count those below.":
+            lambda values, codebook: len(codebook) - 1 - torch.bucketize(values, _middle(codebook)),
+        "It takes the levels for evenly spaced. Use the codebook as it is given.":
+            lambda values, codebook: ((values + 1) * (len(codebook) - 1) / 2).round().long(),
+        "It takes half the difference of neighbouring levels; a midpoint is half their sum.":
+            lambda values, codebook: torch.bucketize(values, (codebook[1:] - codebook[:-1]) / 2),
+        "A midpoint is half the sum of two neighbouring levels; this is the sum.":
+            lambda values, codebook: torch.bucketize(values, codebook[1:] + codebook[:-1]),
+        "It takes the farthest level: argmin, not argmax.":
+            lambda values, codebook: (values[..., None] - codebook).abs().argmax(dim=-1),
+        "The distance has no sign: take the absolute value before argmin.":
+            lambda values, codebook: (values[..., None] - codebook).argmin(dim=-1),
     },
     returns="one code for each value, an integer, since it is an index",
     otherwise=_farther,
     learned="Midpoints as borders give the same, without a comparison with every level.",
-)
+)  # fmt: skip
 
 bits_double_quantized = Exercise(
     right=lambda block_size, nested_block_size: 4 + 8 / block_size + 32 / (block_size * nested_block_size),
@@ -233,12 +218,10 @@ pack = Exercise(
     right=_pack(),
     cases=[(_codes,), (_codes[:7],), (_codes[:1],)],
     mistakes={
-        "With an odd number of codes the last has no partner: append a 7 first.": (
-            lambda codes: codes[::2] << 4 | codes[1::2]
-        ),
-        "The code that is left over is lost: it gets a byte too, with 7 in its low bits.": (
-            lambda codes: _pack()(codes[: len(codes) // 2 * 2])
-        ),
+        "With an odd number of codes the last has no partner: append a 7 first.":
+            lambda codes: codes[::2] << 4 | codes[1::2],
+        "The code that is left over is lost: it gets a byte too, with 7 in its low bits.":
+            lambda codes: _pack()(codes[: len(codes) // 2 * 2]),
         "The order is reversed: the first of two codes belongs into the high bits.": _pack(lambda a, b: b << 4 | a),
         "It pairs the two halves. A byte holds two neighbours.": _halves,
         "Python adds before it shifts: `a << 4 + b` is `a << (4 + b)`. Use `a << 4 | b`.": _pack(
@@ -248,13 +231,11 @@ pack = Exercise(
         "It shifts by 8, out of the byte: a code has 4 bits.": _pack(lambda a, b: a << 8 | b),
         "It multiplies by 4; to shift by 4 bits is to multiply by 2 ** 4 = 16.": _pack(lambda a, b: a * 4 + b),
         "It multiplies by 10; a code has 4 bits, so the factor is 2 ** 4 = 16.": _pack(lambda a, b: a * 10 + b),
-        "The first code is not shifted: `<< 4` moves it into the high bits.": [
-            _pack(lambda a, b: a | b),
-            _pack(lambda a, b: a + b),
-        ],
+        "The first code is not shifted: `<< 4` moves it into the high bits.":
+            [_pack(lambda a, b: a | b), _pack(lambda a, b: a + b)],
         "A missing partner is 7, the code of zero; code 0 stands for -1.": _pack(fill=0),
     },
     returns="one byte (torch.uint8) for each pair of codes",
     otherwise=_other_byte,
     learned="Half a byte for each weight, in the order that bitsandbytes stores them.",
-)
+)  # fmt: skip
