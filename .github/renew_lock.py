@@ -68,7 +68,7 @@ def run_tests(tree: Path, tests: list[str]) -> list[str]:
         python = str(Path(environment, "Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
         install = ["uv", "pip", "install", "-q", "--python", python, "-c", LOCK, "-e", ".[lab,test]"]
         subprocess.run(install, cwd=tree, check=True)
-        subprocess.run([python, "-m", "pytest", "-q", "--results", RECORD, *tests], cwd=tree)
+        subprocess.run([python, "-m", "pytest", "-q", "--slow", "--results", RECORD, *tests], cwd=tree)
     if not (tree / RECORD).exists():
         return ["the run as a whole, which came to no end"]
     return json.loads((tree / RECORD).read_text(encoding="utf-8"))["failed"]

@@ -163,6 +163,10 @@ def test_skips():
 def test_skips_rightly():
     pass
 
+@pytest.mark.slow
+def test_is_slow():
+    pass
+
 @pytest.mark.cuda
 def test_of_the_gpu():
     pass
@@ -176,7 +180,7 @@ CELLS = [
 
 @pytest.fixture(scope="module")
 def course(tmp_path_factory):
-    """A course of five tests and a notebook of three cells, with this one's conftest.py and settings."""
+    """A course of six tests and a notebook of three cells, with this one's conftest.py and settings."""
     folder = tmp_path_factory.mktemp("course")
     for name in ("conftest.py", "pyproject.toml", "tests/nbval_sanitize.ini"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -199,15 +203,15 @@ def test_a_run_is_recorded(course):
     """In CI: there a skip for a reason that is not allowed is a failure."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"CI": "true", "LORA_LAB_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "--results", "results.json"]
+    command = [sys.executable, "-m", "pytest", "--slow", "--results", "results.json"]
     run = subprocess.run(command, cwd=course, capture_output=True, text=True, env=environment)
     assert run.returncode == 1, run.stdout + run.stderr
     assert "skipped in CI, for a reason that conftest.py does not allow: too tired" in run.stdout
     record = json.loads((course / "results.json").read_text(encoding="utf-8"))
     assert record["complete"]
-    assert record["command"] == "pytest"
+    assert record["command"] == "pytest --slow"
     skipped = {"needs a GPU with bf16": 1, "needs a CUDA GPU": 1}
-    assert record["tests"] == {"passed": 1, "failed": 1, "skipped": skipped}
+    assert record["tests"] == {"passed": 2, "failed": 1, "skipped": skipped}
     assert record["failed"] == ["tests/test_small.py::test_skips", "notebooks/00_a.ipynb::Cell 2"]
     assert list(record["off_lock"]) == ["numpy"]
     notebook = record["notebooks"]["00_a"]
@@ -216,6 +220,13 @@ def test_a_run_is_recorded(course):
     assert record["device"].endswith(" CPU cores")
     assert record["versions"]["torch"] == conftest.torch.__version__
     assert 1e8 < record["bytes"]["packages"] < 20e9
+
+
+def test_slow_tests_are_left_out_unless_asked_for(course):
+    for more, count in (([], "3/5"), (["--slow"], "4/5"), (["-m", "slow"], "1/5")):
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests", *more]
+        run = subprocess.run(command, cwd=course, capture_output=True, text=True)
+        assert f"{count} tests collected" in run.stdout, run.stdout
 
 
 def _config(*arguments, file="results.json"):

@@ -29,9 +29,9 @@ def runs(name):
 def test_bare_pytest_runs_on_every_pull_request_and_every_week():
     assert PYTEST["testpaths"] == ["tests", "notebooks"]
     assert not [word for word in PYTEST["addopts"] if re.match(r"-k|--ignore|--deselect|-p|-x", word)]
-    assert "pytest" in runs("tests.yml")
+    assert "pytest --slow" in runs("tests.yml")
     assert "paths" not in str(yaml.safe_load(TEXTS["tests.yml"])[True])  # YAML reads the key `on` as true
-    assert "pytest --results results.json" in runs("weekly.yml")
+    assert "pytest --slow --results results.json" in runs("weekly.yml")
     assert {"zizmor --offline .github", "actionlint"} <= set(runs("tests.yml"))
 
 
