@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.fetch import cache_dir, fetch_smollm2
-from helpers.folders import write_whole
+from helpers.finetune.folders import atomic_write_text
 from helpers.hardware import profile
 
 import nbval.plugin
@@ -277,7 +277,7 @@ class Record:
             "failed": [item.nodeid for item, got in self.outcomes.items() if got == "failed"],
             "notebooks": dict(sorted(self.notebooks.items())),
         }
-        write_whole(self.file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        atomic_write_text(self.file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         self.message = f"results in {self.file}"
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

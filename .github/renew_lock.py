@@ -15,7 +15,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from helpers.folders import write_whole
+from helpers.finetune.folders import atomic_write_text
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -106,8 +106,8 @@ def main(packages: list[str]) -> int:
             print(f"Broken by the step of {', '.join(broke) or 'none of these alone: ' + ', '.join(stepped)}.")
             return 1
         record = (tree / RECORD).read_text(encoding="utf-8")
-    write_whole(ROOT / LOCK, new)
-    write_whole(ROOT / RECORD, record)
+    atomic_write_text(ROOT / LOCK, new)
+    atomic_write_text(ROOT / RECORD, record)
     subprocess.run([sys.executable, ".github/results.py"], cwd=ROOT, check=True)
     print(f"{LOCK}, {RECORD} and README.md are renewed.")
     return 0

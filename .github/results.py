@@ -80,6 +80,6 @@ def stored() -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    from helpers.folders import write_whole
+    from helpers.finetune.folders import atomic_write_text
 
-    write_whole(ROOT / "README.md", render((ROOT / "README.md").read_text(encoding="utf-8"), stored()))
+    atomic_write_text(ROOT / "README.md", render((ROOT / "README.md").read_text(encoding="utf-8"), stored()))

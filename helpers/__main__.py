@@ -20,12 +20,12 @@ def main(arguments: list[str] | None = None) -> int:
     room.add_argument("--notebooks", help="the folder of the notebooks, such as a hand-out; default: notebooks")
     given = parser.parse_args(arguments)
     if given.command == "doctor":
-        from helpers.doctor import doctor
+        from helpers.commands.doctor import doctor
 
         return doctor()
     try:
         if given.command == "room":
-            from helpers.room import collect_room
+            from helpers.commands.room import collect_room
 
             print(collect_room(given.folder, given.notebooks))
         else:

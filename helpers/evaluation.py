@@ -1,16 +1,17 @@
-"""How good is the model? Exact match by greedy generation, and the loss on completions."""
+"""How good is the model? Exact match by greedy generation, and the loss on completions or on plain text."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from helpers.data import Collator, encode
+from helpers.data import encode
+from helpers.loss import label_tokens, token_loss_sum
 
 import pandas as pd
 import torch
 from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class ExactMatch(NamedTuple):
@@ -29,7 +30,7 @@ def exact_match(
     batch_size: int = 32,
     max_new_tokens: int | None = None,
 ) -> ExactMatch:
-    """Answer every prompt greedily and count the answers that equal the completion, white space at the ends aside.
+    """Answer every prompt greedily and count the answers that equal the completion after stripping whitespace.
 
     Args:
         model: a causal language model, or a PeftModel around one. Its train or eval mode is restored.
@@ -95,17 +96,35 @@ def completion_loss(
         max_length: as for `helpers.data.encode`.
     """
     rows = encode(dataset, tokenizer, max_length)
-    collate = Collator(tokenizer)
+    collate = DataCollatorForSeq2Seq(tokenizer)
     total, tokens = 0.0, 0
     was_training = model.training
     model.eval()
     try:
         for start in range(0, len(rows), batch_size):
-            batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-            labels = batch.pop("labels")[:, 1:].to(model.device)  # the token at t + 1 is predicted at t
-            logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits[:, :-1]
-            total += nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum").item()
-            tokens += int((labels != -100).sum())
+            batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))]).to(model.device)
+            total += token_loss_sum(model, batch).item()
+            tokens += label_tokens(batch["labels"])
+    finally:
+        model.train(was_training)
+    return total / tokens
+
+
+@torch.no_grad()
+def text_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
+    """Return the mean negative log-likelihood per token of plain texts, in nats, each between two EOS.
+
+    The texts are scored one at a time. The model's train or eval mode is restored.
+    """
+    total, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        for text in texts:
+            ids = [tokenizer.eos_token_id, *tokenizer(text).input_ids, tokenizer.eos_token_id]
+            batch = {"input_ids": torch.tensor([ids], device=model.device)}  # (1, tokens)
+            total += token_loss_sum(model, batch | {"labels": batch["input_ids"]}).item()
+            tokens += len(ids) - 1  # nothing predicts the first
     finally:
         model.train(was_training)
     return total / tokens

@@ -20,11 +20,8 @@ class Profile:
         device: "cuda", "mps" or "cpu".
         name: the device in words, for people.
         memory_gib: memory of the GPU, or of the machine where there is no GPU, in GiB.
-        dtype: the dtype for the frozen base model. float32 on a CPU and on MPS, bfloat16 on CUDA from compute
-            capability 8.0 (Ampere) on, float16 on older GPUs such as the T4.
-        compute_dtype: the dtype that 4-bit layers multiply in (`bnb_4bit_compute_dtype`), the same as `dtype`.
-        train_batch_size: examples in a micro-batch, for the default model and sequences of about 50 tokens.
-        eval_batch_size: examples generated or scored at once.
+        dtype: the dtype for the frozen base model, and that 4-bit layers multiply in. float32 on a CPU and on MPS,
+            bfloat16 on CUDA from compute capability 8.0 (Ampere) on, float16 on older GPUs such as the T4.
         model: the default base model, a name for `helpers.models.load_base`.
     """
 
@@ -32,9 +29,6 @@ class Profile:
     name: str
     memory_gib: float
     dtype: torch.dtype
-    compute_dtype: torch.dtype
-    train_batch_size: int
-    eval_batch_size: int
     model: str
 
     def __str__(self) -> str:
@@ -43,7 +37,7 @@ class Profile:
 
 
 def profile() -> Profile:
-    """Look at the hardware and choose device, dtypes, batch sizes and the default model.
+    """Look at the hardware and choose device, dtype and the default model.
 
     On a machine with several GPUs the current CUDA device counts. The environment variable LORA_LAB_DEVICE=cpu leaves a
     GPU unused.
@@ -65,9 +59,6 @@ def profile() -> Profile:
             name=properties.name,
             memory_gib=memory_gib,
             dtype=dtype,
-            compute_dtype=dtype,
-            train_batch_size=8,
-            eval_batch_size=64,
             model="HuggingFaceTB/SmolLM2-1.7B-Instruct" if large else "smollm2-135m",
         )
     on_mps = torch.backends.mps.is_available() and not forced
@@ -76,9 +67,6 @@ def profile() -> Profile:
         name=f"Apple GPU ({platform.machine()})" if on_mps else f"CPU ({torch.get_num_threads()} threads)",
         memory_gib=_machine_memory_gib(),
         dtype=torch.float32,
-        compute_dtype=torch.float32,
-        train_batch_size=8,
-        eval_batch_size=64,
         model="smollm2-135m",
     )
 

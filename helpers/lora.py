@@ -1,4 +1,4 @@
-"""LoRA from scratch: the layer, putting it into a model, merging it back, counting its parameters.
+"""LoRA from scratch: the layer, putting it into a model, counting its parameters.
 
 It does what PEFT does with `LoraConfig(r, lora_alpha, target_modules, lora_dropout, use_rslora)` on `nn.Linear`
 layers, and the tests hold it to that: same outputs, gradients, merged weights, targets and counts.
@@ -7,7 +7,6 @@ layers, and the tests hold it to that: same outputs, gradients, merged weights, 
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 from collections import Counter
 
@@ -19,15 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its update: h = W_0 x + (alpha / r) B A x (Hu et al. 2021, arXiv:2106.09685, eq. 3).
-
-    Shapes: W_0 (out, in), `lora_A` (r, in), `lora_B` (out, r); `forward` takes (..., in) and returns (..., out).
-    `scaling` is alpha / r as in section 4.1 of the paper, or alpha / sqrt(r), which keeps the size of the update from
-    shrinking as r grows (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).
-
-    `lora_B` starts at zero, so the layer starts out equal to its base. `lora_A` starts uniform in +-1/sqrt(in), as in
-    the authors' loralib and in PEFT; the paper's text draws it from a Gaussian. On a base of 16 bits or less both are
-    float32, since small steps are lost in bfloat16 (PEFT: `autocast_adapter_dtype`); otherwise they have its dtype.
+    """A frozen linear layer and its update: h = W_0 x + scaling * B A x (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
     Args:
         base: the pretrained layer W_0, with or without bias. It is kept as `base_layer` and frozen.
@@ -42,7 +33,12 @@ class LoRALinear(nn.Module):
     """
 
     def __init__(
-        self, base: nn.Linear, r: int, lora_alpha: float, lora_dropout: float = 0.0, use_rslora: bool = False
+        self,
+        base: nn.Linear,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(base, nn.Linear):
@@ -52,22 +48,28 @@ class LoRALinear(nn.Module):
             raise ValueError(f"lora_alpha={lora_alpha}: it scales the update; choose a number above 0, such as 2 * r")
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout={lora_dropout}: it is a share of the inputs; choose 0 <= lora_dropout < 1")
-        self.base_layer = base.requires_grad_(False)
+        self.base_layer = base.requires_grad_(False)  # W_0: (out, in)
         self.r, self.lora_alpha = r, lora_alpha
+        # alpha / r as in section 4.1 of the paper. With alpha / sqrt(r) the size of the update does not shrink as r
+        # grows (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).
         self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
         self.lora_dropout = nn.Dropout(lora_dropout)
+        # float32 on a base of 16 bits or less, since small steps are lost in bfloat16 (PEFT: autocast_adapter_dtype).
         dtype, device = torch.promote_types(base.weight.dtype, torch.float32), base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, dtype=dtype, device=device))
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, dtype=dtype, device=device))  # (r, in)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, dtype=dtype, device=device))  # (out, r)
+        # B = 0: the layer starts out equal to its base. A: uniform in +-1/sqrt(in), as in loralib and PEFT; the
+        # paper's text draws it from a Gaussian.
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.train(base.training)  # a new module is in training mode: its dropout would act in an eval-mode model
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return W_0 x + scaling * B A dropout(x), (..., in) -> (..., out), in the dtype of the base's result."""
-        result = self.base_layer(x)
+        result = self.base_layer(x)  # (..., out)
         x = self.lora_dropout(x.to(self.lora_A.dtype))
-        update = F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
-        return (result + update).to(result.dtype)
+        down = F.linear(x, self.lora_A)  # A x: (..., in) -> (..., r)
+        up = F.linear(down, self.lora_B)  # B A x: (..., r) -> (..., out)
+        return (result + up * self.scaling).to(result.dtype)
 
     def delta_weight(self) -> torch.Tensor:
         """Return the update of the weight, scaling * B A, (out, in), in the adapter's dtype."""
@@ -77,15 +79,13 @@ class LoRALinear(nn.Module):
     def merge(self) -> nn.Linear:
         """Return a new, frozen linear layer with the weight W_0 + scaling * B A; this layer stays as it is.
 
-        The sum is taken in the adapter's dtype and rounded once to the base's.
-
         Raises:
             TypeError: the base's weight is quantized, so that nothing can be added to it.
         """
         if not self.base_layer.weight.is_floating_point():
             raise TypeError(f"cannot merge into {self.base_layer.weight.dtype} weights: merge into an unquantized base")
         merged = copy.deepcopy(self.base_layer)
-        merged.weight += self.delta_weight()
+        merged.weight += self.delta_weight()  # in the adapter's dtype, rounded once to the base's
         return merged
 
     def extra_repr(self) -> str:
@@ -104,10 +104,9 @@ def inject_lora(
 
     Args:
         model: any module with nn.Linear layers inside.
-        target_modules: names, or "all-linear". A name matches a module whose full name equals it or ends with "." and
-            it: "q_proj" or "layers.0.mlp.up_proj". "all-linear" means every linear layer except the output embedding
-            (lm_head) of a transformers model. PEFT has the same rules (`check_target_module_exists` and
-            `_maybe_include_all_linear_layers` in peft.tuners.tuners_utils), but also accepts a regular expression.
+        target_modules: names, such as "q_proj" or "layers.0.mlp.up_proj", or "all-linear": every linear layer except
+            the output embedding (lm_head) of a transformers model. PEFT has the same rules (see its
+            `check_target_module_exists`), but also takes a regular expression.
         r, lora_alpha, lora_dropout, use_rslora: see `LoRALinear`.
 
     Returns:
@@ -126,35 +125,17 @@ def inject_lora(
     return model
 
 
-def merge_lora(model: nn.Module) -> nn.Module:
-    """Replace every `LoRALinear` in the model by its merged linear layer in place, and return the model.
-
-    As after PEFT's `merge_and_unload`, the model has its original structure and stays frozen.
-
-    Raises:
-        ValueError: there is no LoRALinear inside the model.
-        TypeError: a base is quantized, see `LoRALinear.merge`.
-    """
-    layers = {name: module for name, module in model.named_modules() if name and isinstance(module, LoRALinear)}
-    if not layers:
-        raise ValueError("model has no LoRALinear inside: call inject_lora first, and merge once")
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.merge())
-    return model
-
-
 def lora_parameter_count(model: nn.Module, target_modules: list[str] | str, r: int) -> int:
-    """Return how many parameters `inject_lora` would train: the sum of r * (in + out) over the target layers.
+    """Return how many parameters `inject_lora` would train (|Theta| of Hu et al. 2021, section 5.1).
 
     The model is not changed and its weights are not read, so it can be on the meta device, where it takes no memory.
-    The count is |Theta| of Hu et al. 2021, section 5.1, for layers of any shape.
 
     Raises:
         ValueError: as `inject_lora`.
     """
     _check_rank(r)
     linears = _find_targets(model, target_modules).values()
-    return sum(r * (linear.in_features + linear.out_features) for linear in linears)
+    return sum(r * (linear.in_features + linear.out_features) for linear in linears)  # A: r * in, B: out * r
 
 
 def _check_rank(r: int) -> None:
@@ -165,20 +146,12 @@ def _check_rank(r: int) -> None:
 def _find_targets(model: nn.Module, target_modules: list[str] | str) -> dict[str, nn.Linear]:
     """Return the layers that `target_modules` means, by full name in the model's order, or raise ValueError."""
     if hasattr(model, "peft_config") or any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("model has LoRA layers already: merge them (merge_lora) or load the base model again")
-    modules = {name: module for name, module in model.named_modules() if name}
-    if target_modules == "all-linear":
-        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-        names = {n for n, module in modules.items() if isinstance(module, nn.Linear | Conv1D) and module is not head}
-    elif isinstance(target_modules, str):
-        raise ValueError(f'target_modules={target_modules!r}: pass a list, [{target_modules!r}], or "all-linear"')
-    else:
-        names = {name for wanted in target_modules for name in _matches(wanted, modules)}
+        raise ValueError("model has LoRA layers already: merge them, or load the base model again")
+    names = _matching_names(model, target_modules)
     if not names:
         raise ValueError(f"target_modules={target_modules!r}: nothing to adapt; name nn.Linear layers of the model")
-
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    targets = {name: module for name, module in modules.items() if name in names}
+    targets = {name: module for name, module in model.named_modules() if name in names}
     for name, module in targets.items():
         if not isinstance(module, nn.Linear):
             kind = type(module).__name__
@@ -191,11 +164,21 @@ def _find_targets(model: nn.Module, target_modules: list[str] | str) -> dict[str
     return targets
 
 
-def _matches(wanted: str, modules: dict[str, nn.Module]) -> list[str]:
-    found = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
-    if not found:
-        parts = wanted.count(".") + 1  # compare with as many last parts of each linear layer's name
-        linear = {".".join(n.split(".")[-parts:]) for n, module in modules.items() if isinstance(module, nn.Linear)}
-        closest = ", ".join(difflib.get_close_matches(wanted, sorted(linear), n=3, cutoff=0.0)) or "none"
-        raise ValueError(f"target_modules: {wanted!r} matches no module; the closest linear layers: {closest}")
+def _matching_names(model: nn.Module, target_modules: list[str] | str) -> set[str]:
+    modules = {name: module for name, module in model.named_modules() if name}
+    if target_modules == "all-linear":
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        return {n for n, module in modules.items() if isinstance(module, nn.Linear | Conv1D) and module is not head}
+    if isinstance(target_modules, str):
+        raise ValueError(f'target_modules={target_modules!r}: pass a list, [{target_modules!r}], or "all-linear"')
+    found: set[str] = set()
+    for wanted in target_modules:  # the full name, or its end from a dot on
+        matches = {name for name in modules if name == wanted or name.endswith(f".{wanted}")}
+        if not matches:
+            linear = {n.rpartition(".")[2] for n, module in modules.items() if isinstance(module, nn.Linear)}
+            raise ValueError(
+                f"target_modules: {wanted!r} matches no module; the linear layers end in "
+                f"{', '.join(sorted(linear)) or 'nothing: there is none'}"
+            )
+        found |= matches
     return found

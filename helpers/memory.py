@@ -136,7 +136,7 @@ def estimate_training_memory(
         adapters = [] if r is None else trainable
         state, update = meta_step.optimizer_state(optimizer, trainable, foreach=device == "cuda")
         shape = (batch_size, sequence_length)
-        return meta_step.take_step(model, adapters, constants, state, update, shape, padded, torch_dtype)
+        return meta_step.trace_step(model, adapters, constants, state, update, shape, padded, torch_dtype)
 
     depth = config.num_hidden_layers
     try:

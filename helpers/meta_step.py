@@ -131,7 +131,7 @@ class _Ledger(TorchDispatchMode):
         self.peaks.append(dict(self.now))
 
 
-def take_step(
+def trace_step(
     model: PreTrainedModel,
     adapters: list[nn.Parameter],
     constants: list[torch.Tensor],

@@ -57,7 +57,7 @@ def load_base(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=hardware.compute_dtype,
+            bnb_4bit_compute_dtype=hardware.dtype,
         )
     elif quantization is not None and not isinstance(quantization, BitsAndBytesConfig):
         raise ValueError(f'quantization={quantization!r}: expected None, "nf4" or a BitsAndBytesConfig')
@@ -89,12 +89,13 @@ def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
 
 
 def enable_checkpointing(model: nn.Module, **options: object) -> None:
-    """Have a transformers model, with or without PEFT, keep only each layer's input and compute the layer again.
+    """Turn on gradient checkpointing: store each layer's input only and recompute the layer in the backward pass.
 
     Args:
-        model: changed in place. The method's name is another one before transformers 5.23.
+        model: a transformers model, with or without PEFT; changed in place.
         **options: of `torch.utils.checkpoint.checkpoint`, such as use_reentrant.
     """
+    # The method has its new name since transformers 5.23.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options or None)
 

@@ -1,6 +1,6 @@
 import copy
 
-from helpers.accumulation import accumulated_step, windows
+from helpers.loss import accumulated_step, windows
 
 import pytest
 import torch
@@ -233,9 +233,9 @@ def test_windows_read_no_further_than_asked():
 
 
 @pytest.mark.parametrize("steps", [0, -1])
-def test_windows_refuse_steps_below_one_at_the_call(steps):
+def test_windows_refuse_steps_below_one(steps):
     with pytest.raises(ValueError, match="at least one"):
-        windows([1], steps)
+        next(windows([1], steps))
 
 
 class InOrder(Trainer):

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from urllib.request import urlopen
 
-from helpers.clinic_cases import CASES
+from helpers.labs.clinic_cases import CASES
 
 import nbformat
 import pytest

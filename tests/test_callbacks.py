@@ -1,10 +1,11 @@
-"""helpers.callbacks: what stops a run, what it warns of, and that it changes nothing."""
+"""helpers.watch: what stops a run, what it warns of, and that it changes nothing."""
 
 import math
 import warnings
 
-from helpers import clinic, training
-from helpers.callbacks import DiagnosticsCallback, LossLines
+from helpers import training
+from helpers.labs import clinic
+from helpers.watch import DiagnosticsCallback, LossLines
 
 import pytest
 import torch

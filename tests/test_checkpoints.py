@@ -8,8 +8,7 @@ import zipfile
 from pathlib import Path
 
 from helpers import data, training
-from helpers.checkpoints import IN_PROGRESS, checkpoint_fault, last_complete_checkpoint
-from helpers.hardware import profile
+from helpers.finetune.checkpoints import IN_PROGRESS, checkpoint_fault, last_complete_checkpoint
 from helpers.models import load_base, load_tokenizer
 
 import pytest
@@ -34,7 +33,7 @@ def _train(folder, model=None, **settings):
         model = get_peft_model(load_base("tiny"), LoraConfig(r=2, task_type="CAUSAL_LM"))
     tokenizer = load_tokenizer("tiny")
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 1} | settings
-    arguments = training.training_arguments(profile(), folder, **settings)
+    arguments = training.training_arguments(folder, **settings)
     rows = data.encode(data.load_commands("train").select(range(2)), tokenizer)
     training.build_trainer(model, arguments, tokenizer, rows).train()
     return folder

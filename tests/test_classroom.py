@@ -11,10 +11,11 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from helpers import fetch, room
+from helpers import fetch
 from helpers.__main__ import main
 from helpers.checks import base, progress
 from helpers.checks import lora as checks
+from helpers.commands import room
 
 import nbformat
 import pandas as pd
@@ -315,7 +316,7 @@ set_seed(0)
 model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 rows = data.encode(data.load_commands("train"), tokenizer)
 options = dict(max_steps=5, per_device_train_batch_size=8, learning_rate=1e-3)
-arguments = training.training_arguments(hardware.profile(), "outputs", **options)
+arguments = training.training_arguments("outputs", **options)
 trainer = training.build_trainer(model, arguments, tokenizer, rows)
 print("seconds a step:", trainer.train().metrics["train_runtime"] / 5)
 """

@@ -1,19 +1,20 @@
-"""Notebook 10's patients: each fault is in its run, what should find it does, and the mended run has no finding."""
+"""Notebook 10's patients: each fault is in its run, what should find it does, and the fixed run has no finding."""
 
 import inspect
 import warnings
 
-from helpers import clinic, gradients
-from helpers.callbacks import DiagnosticsCallback
-from helpers.clinic_cases import CASES
 from helpers.data import IGNORE_INDEX, load_commands
+from helpers.diagnose import diagnose
+from helpers.labs import clinic
+from helpers.labs.clinic_cases import CASES
 from helpers.models import enable_checkpointing, load_tokenizer
+from helpers.watch import DiagnosticsCallback
 
 import pytest
 import torch
 
 BY_NAME = {case.build.__name__: case for case in CASES}
-INSIDE = [name for name, case in BY_NAME.items() if case.found_by != "outside"]
+INSIDE = [name for name, case in BY_NAME.items() if case.found_by != "comparison"]
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +24,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-def said(name, folder, mended):
+def said(name, folder, fixed):
     """Train a patient under the callback and return what it says; "stops" if it raised."""
-    trainer, watch = BY_NAME[name].build(folder, mended), DiagnosticsCallback()
+    trainer, watch = BY_NAME[name].build(folder, fixed), DiagnosticsCallback()
     trainer.add_callback(watch)
     if BY_NAME[name].found_by == "diagnose":
         trainer.args.per_device_train_batch_size = 2
     trainer.args.max_steps = 3 if BY_NAME[name].found_by == "diagnose" else 6  # the log and the evaluation come later
     with warnings.catch_warnings(action="ignore"):
         try:
-            trainer.train(resume_from_checkpoint=BY_NAME[name].resume and not mended)
+            trainer.train(resume_from_checkpoint=BY_NAME[name].resume and not fixed)
         except FloatingPointError:
             return [*(finding.code for finding in watch.findings), "stops"]
     return [finding.code for finding in watch.findings]
@@ -46,36 +47,36 @@ def test_there_are_enough_patients_and_each_is_charted():
     assert len(CASES) >= 12
     assert len(BY_NAME) == len(CASES)
     for case in CASES:
-        assert case.found_by in ("diagnose", "callback", "outside")
+        assert case.found_by in ("diagnose", "callback", "comparison")
         assert 0 <= case.right < len(case.guesses)
         assert len(case.guesses) >= 3
         assert inspect.getdoc(case.build)
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_the_callback_finds_the_fault_and_nothing_in_the_mended_run(name, folder):
-    assert BY_NAME[name].code in said(name, folder, mended=False)
-    assert said(name, folder, mended=True) == []
+def test_the_callback_finds_the_fault_and_nothing_in_the_fixed_run(name, folder):
+    assert BY_NAME[name].code in said(name, folder, fixed=False)
+    assert said(name, folder, fixed=True) == []
 
 
 @pytest.mark.parametrize("name", [name for name in INSIDE if BY_NAME[name].found_by == "diagnose"])
 def test_diagnose_finds_it_before_the_first_step(name, folder):
-    for mended in (False, True):
+    for fixed in (False, True):
         with warnings.catch_warnings(action="ignore"):
-            trainer = BY_NAME[name].build(folder, mended)
+            trainer = BY_NAME[name].build(folder, fixed)
             if trainer.args.gradient_checkpointing:
                 enable_checkpointing(trainer.model)
             trainer.model.train()
             optimizer = trainer.optimizer or trainer.create_optimizer()
-            found = [finding.code for finding in gradients.diagnose(trainer.model, first_batch(trainer), optimizer)]
-        assert found == ([] if mended else [BY_NAME[name].code])
+            found = [finding.code for finding in diagnose(trainer.model, first_batch(trainer), optimizer)]
+        assert found == ([] if fixed else [BY_NAME[name].code])
 
 
 # The four that nothing inside a run can find: the callback is silent, and the comparison decides
 
 
 def test_a_rate_that_is_too_low_is_found_by_a_higher_one(folder):
-    assert said("rate_too_low", folder, mended=False) == []
+    assert said("rate_too_low", folder, fixed=False) == []
     ends = []
     for factor in (1, 100):
         trainer = clinic.new_trainer(folder, learning_rate=2e-5 * factor, max_steps=6)
@@ -85,22 +86,22 @@ def test_a_rate_that_is_too_low_is_found_by_a_higher_one(folder):
 
 
 def test_labels_on_the_prompt_are_seen_when_they_are_decoded(folder):
-    assert said("prompt_not_masked", folder, mended=False) == []
+    assert said("prompt_not_masked", folder, fixed=False) == []
     tokenizer = load_tokenizer("tiny")
-    for mended in (False, True):
-        row = clinic.prompt_not_masked(folder, mended).train_dataset[0]
+    for fixed in (False, True):
+        row = clinic.prompt_not_masked(folder, fixed).train_dataset[0]
         decoded = tokenizer.decode([label for label in row["labels"] if label != IGNORE_INDEX])
         whole = load_commands("train")[0]
-        assert decoded == ("" if mended else whole["prompt"]) + whole["completion"] + tokenizer.eos_token
+        assert decoded == ("" if fixed else whole["prompt"]) + whole["completion"] + tokenizer.eos_token
 
 
 @pytest.mark.parametrize("name", ["wrong_base", "merged_twice"])
 def test_the_fingerprint_tells_another_base(name, folder):
     own = clinic.base_fingerprint(clinic.load_tiny())
-    sick, mended = (BY_NAME[name].build(folder, state) for state in (False, True))
-    assert clinic.base_fingerprint(mended.model) == own
+    sick, fixed = (BY_NAME[name].build(folder, state) for state in (False, True))
+    assert clinic.base_fingerprint(fixed.model) == own
     assert clinic.base_fingerprint(sick.model) != own
-    assert sick.evaluate()["eval_loss"] > 1.5 * mended.evaluate()["eval_loss"]
+    assert sick.evaluate()["eval_loss"] > 1.5 * fixed.evaluate()["eval_loss"]
 
 
 def test_the_fingerprint_is_that_of_the_base_to_the_bit():
@@ -117,19 +118,19 @@ def test_the_fingerprint_is_that_of_the_base_to_the_bit():
     assert clinic.base_fingerprint(clinic.load_base("tiny", dtype=torch.bfloat16)) != own
 
 
-def test_four_mended_runs_are_the_healthy_run(folder):
+def test_four_fixed_runs_are_the_healthy_run(folder):
     """The notebook shows the healthy run for three of them; case 1 logs another way, and the rest is the same."""
     healthy = clinic.new_trainer(folder)
     for name in ("missing_minus_sign", "rate_too_high", "rate_too_low", "prompt_not_masked"):
-        mended = BY_NAME[name].build(folder, mended=True)
-        own, others = ({**trainer.args.to_dict(), "logging_steps": 1} for trainer in (mended, healthy))
+        fixed = BY_NAME[name].build(folder, fixed=True)
+        own, others = ({**trainer.args.to_dict(), "logging_steps": 1} for trainer in (fixed, healthy))
         assert own == others
-        assert mended.train_dataset.to_list() == healthy.train_dataset.to_list()
-        pairs = zip(mended.model.state_dict().values(), healthy.model.state_dict().values(), strict=True)
+        assert fixed.train_dataset.to_list() == healthy.train_dataset.to_list()
+        pairs = zip(fixed.model.state_dict().values(), healthy.model.state_dict().values(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_half_of_the_targets_is_half_of_the_layers(folder):
-    sick, mended = (clinic.half_of_the_targets(folder, state).model for state in (False, True))
+    sick, fixed = (clinic.half_of_the_targets(folder, state).model for state in (False, True))
     assert len(sick.targeted_module_names) == 8
-    assert len(mended.targeted_module_names) == 20
+    assert len(fixed.targeted_module_names) == 20

@@ -1,15 +1,17 @@
-"""The sample task, JSON Lines, encoding and collating."""
+"""The sample task, encoding and collating."""
 
 import hashlib
 import json
 
 from helpers import data
+from helpers.makers import sample_task
 from helpers.models import load_tokenizer
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DataCollatorForSeq2Seq
 
 SPLITS = ("train", "validation", "test")
 
@@ -26,7 +28,7 @@ def test_splits_have_their_sizes_and_no_duplicate():
 
 
 def test_no_phrasing_and_no_pair_of_device_and_room_is_in_two_splits():
-    for phrasings in (data.SWITCH_PHRASINGS, data.DIAL_PHRASINGS):
+    for phrasings in (sample_task.SWITCH_PHRASINGS, sample_task.DIAL_PHRASINGS):
         every = [phrasing for split in SPLITS for phrasing in phrasings[split]]
         assert len(set(every)) == len(every)
     pairs = {split: set() for split in SPLITS}
@@ -34,7 +36,7 @@ def test_no_phrasing_and_no_pair_of_device_and_room_is_in_two_splits():
         for completion in data.load_commands(split)["completion"]:
             command = json.loads(completion)
             pairs[split].add((command["device"], command["room"]))
-        assert pairs[split] <= set(data.device_room_pairs(split))
+        assert pairs[split] <= set(sample_task.device_room_pairs(split))
     assert not pairs["train"] & pairs["test"]
     assert not pairs["train"] & pairs["validation"]
     assert not pairs["validation"] & pairs["test"]
@@ -53,6 +55,11 @@ def test_a_command_says_what_its_request_says(split):
         assert str(command["value"] if "value" in command else command["action"]) in words
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_stored_rows_are_those_of_the_templates(split):
+    assert data.load_commands(split).to_list() == sample_task.sample_rows(split)
+
+
 def test_every_machine_gets_the_same_rows():
     text = "\n".join(json.dumps(row) for split in SPLITS for row in data.load_commands(split))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "a5b998a9d39ce2ae"
@@ -61,38 +68,6 @@ def test_every_machine_gets_the_same_rows():
 def test_an_unknown_split_is_named():
     with pytest.raises(ValueError, match=r"'dev' does not exist; choose one of train, validation, test"):
         data.load_commands("dev")
-
-
-def test_load_jsonl_reads_rows_in_order(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(
-        '\ufeff{"prompt": "é\u2028b", "completion": "c", "note": 1}\r\n\n{"completion": "d", "prompt": "e"}'.encode()
-    )
-    assert data.load_jsonl(file).to_list() == [
-        {"prompt": "é\u2028b", "completion": "c"},
-        {"prompt": "e", "completion": "d"},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "no rows"),
-        (b"\n  \n", "no rows"),
-        (b'{"prompt": "a", "completion": "b"}\n{"prompt": "a",', "line 2: not valid JSON"),
-        (b'{"prompt": "a"}', "line 1: the key 'completion' is missing; found 'prompt'"),
-        (b'{"prompt": "a", "completion": ""}', "line 1: 'completion' must be a non-empty string"),
-        (b'{"prompt": 3, "completion": "b"}', "line 1: 'prompt' must be a non-empty string, found 3"),
-        (b'\n["a", "b"]', "line 2: expected an object"),
-        (b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff", "completion": "b"}', "line 2: not UTF-8"),
-    ],
-)
-def test_load_jsonl_names_file_and_line(tmp_path, content, message):
-    file = tmp_path / "broken.jsonl"
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"broken\.jsonl") as error:
-        data.load_jsonl(file)
-    assert message in str(error.value)
 
 
 def test_encode_masks_the_prompt_and_keeps_the_eos(tokenizer):
@@ -136,7 +111,7 @@ def test_collator_pads_on_the_right(lengths):
         {"input_ids": list(range(2, 2 + n)), "attention_mask": [1] * n, "labels": [-100] * (n - 1) + [7]}
         for n in lengths
     ]
-    batch = data.Collator(tokenizer)(rows)
+    batch = DataCollatorForSeq2Seq(tokenizer)(rows)
     for i, n in enumerate(lengths):
         assert batch["input_ids"][i, :n].tolist() == rows[i]["input_ids"]
         assert batch["labels"][i, :n].tolist() == rows[i]["labels"]

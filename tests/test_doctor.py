@@ -6,9 +6,9 @@ import subprocess
 import sys
 from importlib import metadata
 
-from helpers import doctor as doctor_module
 from helpers.__main__ import main
-from helpers.doctor import doctor, requirements
+from helpers.commands import doctor as doctor_module
+from helpers.commands.doctor import doctor, requirements
 from helpers.hardware import profile
 
 import pytest
@@ -175,7 +175,7 @@ def test_the_profile_of_a_gpu(gpu, dtype, model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     machine = profile()
-    assert (machine.device, machine.name, machine.dtype, machine.compute_dtype) == ("cuda", gpu.name, dtype, dtype)
+    assert (machine.device, machine.name, machine.dtype) == ("cuda", gpu.name, dtype)
     assert machine.model == model
     monkeypatch.setenv("LORA_LAB_DEVICE", "cpu")
     assert (profile().device, profile().dtype) == ("cpu", torch.float32)

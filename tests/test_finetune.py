@@ -12,11 +12,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
-from helpers import data, distributed, finetune
-from helpers.checkpoints import last_complete_checkpoint
-from helpers.hardware import profile
+from helpers import data
+from helpers.finetune import distributed
+from helpers.finetune import script as finetune
+from helpers.finetune.checkpoints import last_complete_checkpoint
+from helpers.finetune.folders import atomic_write_text
+from helpers.finetune.runs import DECISIVE, LOCK, SETTINGS, UNSHARDED, lock_and_find_checkpoint, record
 from helpers.models import load_base, load_tokenizer
-from helpers.runs import DECISIVE, LOCK, SETTINGS, UNSHARDED, claim, record, write_json
 from helpers.training import training_arguments
 
 import pytest
@@ -33,7 +35,8 @@ from transformers.integrations import deepspeed
 DRIVER = """
 import contextlib, gc, io, json, os, shutil, signal, socket, sys, time, traceback
 from pathlib import Path
-from helpers import finetune, models
+from helpers import models
+from helpers.finetune import script as finetune
 import torch
 from transformers import TrainerCallback
 
@@ -58,14 +61,14 @@ def signalled(signals):
 
 def die_in_the_end(where):
     "Die while the result is written."
-    write_json = finetune.write_json
-    def write(path, content):
+    write_whole = finetune.atomic_write_text
+    def write(path, text):
         if path.name == "metrics.json":
             if where == "after the metrics":
-                write_json(path, content)
+                write_whole(path, text)
             os.kill(os.getpid(), signal.SIGKILL)
-        write_json(path, content)
-    finetune.write_json = write
+        write_whole(path, text)
+    finetune.atomic_write_text = write
 
 
 def command(name, processes, dropout=0.1):
@@ -469,23 +472,23 @@ def test_lonely_processes_are_refused(tmp_path, rows, capsys, monkeypatch):
 )
 def test_who_counts_as_lonely(environment, world_size, said):
     if said is None:
-        distributed.refuse_lonely_processes(world_size, environment)
+        distributed.check_world_size(world_size, environment)
     else:
         with pytest.raises(ValueError, match=said):
-            distributed.refuse_lonely_processes(world_size, environment)
+            distributed.check_world_size(world_size, environment)
 
 
 def test_fsdp_that_is_ddp_is_refused(monkeypatch):
     def trainer(fsdp, used):
         return SimpleNamespace(args=SimpleNamespace(fsdp=fsdp), accelerator=SimpleNamespace(distributed_type=used))
 
-    distributed.refuse_unsharded(trainer(None, DistributedType.MULTI_CPU))
-    distributed.refuse_unsharded(trainer(True, DistributedType.FSDP))
+    distributed.check_sharding(trainer(None, DistributedType.MULTI_CPU))
+    distributed.check_sharding(trainer(True, DistributedType.FSDP))
     with pytest.raises(ValueError, match="FSDP was asked for, and the Trainer would use MULTI_CPU"):
-        distributed.refuse_unsharded(trainer(True, DistributedType.MULTI_CPU))
+        distributed.check_sharding(trainer(True, DistributedType.MULTI_CPU))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="would use NO"):
-        distributed.refuse_unsharded(trainer(None, DistributedType.NO))
+        distributed.check_sharding(trainer(None, DistributedType.NO))
 
 
 def test_a_result_without_an_adapter_is_not_called_final(tmp_path):
@@ -504,7 +507,7 @@ def test_a_result_without_an_adapter_is_not_called_final(tmp_path):
 
 def test_the_defaults_are_those_of_the_notebooks():
     """defaults() repeats what training_arguments sets."""
-    plain, ours = TrainingArguments("x", report_to="none").to_dict(), training_arguments(profile(), "x").to_dict()
+    plain, ours = TrainingArguments("x", report_to="none").to_dict(), training_arguments("x").to_dict()
     changed = {name for name in ours if ours[name] != plain[name]} - {"per_device_train_batch_size"}
     given = finetune.defaults()
     named = TrainingArguments("x", **given).to_dict()
@@ -592,13 +595,13 @@ def test_the_engine_is_recorded_and_another_is_refused(given, environment, engin
     for other in ("FSDP", "DeepSpeed", "DDP or one process"):
         with ExitStack() as held:
             (tmp_path / "run" / SETTINGS).unlink(missing_ok=True)
-            assert claim(record({"train": "x"}, arguments, other), arguments, held) == (None, False)
+            assert lock_and_find_checkpoint(record({"train": "x"}, arguments, other), arguments, held) == (None, False)
         with ExitStack() as held:
             if other == engine:
-                assert claim(now, arguments, held) == (None, False)
+                assert lock_and_find_checkpoint(now, arguments, held) == (None, False)
             else:
                 with pytest.raises(ValueError, match=f"engine was {other} and is {engine}"):
-                    claim(now, arguments, held)
+                    lock_and_find_checkpoint(now, arguments, held)
 
 
 @pytest.mark.parametrize(
@@ -617,7 +620,7 @@ def test_an_incomplete_checkpoint_is_passed_over_where_it_can_be_known(tmp_path)
     arguments = TrainingArguments(tmp_path / "run", use_cpu=True)
     for engine, found in (("FSDP", str(tmp_path / "run" / "checkpoint-3")), (UNSHARDED, None)):
         now = record({"train": "x"}, arguments, engine)
-        write_json(tmp_path / "run" / SETTINGS, now)
+        atomic_write_text(tmp_path / "run" / SETTINGS, json.dumps(now))
         with ExitStack() as held, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert claim(now, arguments, held) == (found, False)
+            assert lock_and_find_checkpoint(now, arguments, held) == (found, False)

@@ -2,8 +2,8 @@ import copy
 import random
 from functools import partial
 
-from helpers.data import Collator, encode
-from helpers.gradients import diagnose, gradient_report
+from helpers.data import encode
+from helpers.diagnose import diagnose, gradient_report
 from helpers.lora import inject_lora
 
 import bitsandbytes.functional
@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -463,10 +464,10 @@ def test_padding_with_the_eos_token(tokenizer):
 
 def test_eos_that_need_not_be_learned(tokenizer):
     rows = Dataset.from_list([{"prompt": "a b", "completion": "c d e"}, {"prompt": "a", "completion": "f"}])
-    batch = Collator(tokenizer)(list(encode(rows, tokenizer)))
+    batch = DataCollatorForSeq2Seq(tokenizer)(list(encode(rows, tokenizer)))
     assert (batch["input_ids"][1] == EOS).sum() == 5  # one in the prompt, one learned, three of padding
     assert diagnose(peft(), batch) == []
-    truncated = Collator(tokenizer)(list(encode(rows, tokenizer, max_length=4)))
+    truncated = DataCollatorForSeq2Seq(tokenizer)(list(encode(rows, tokenizer, max_length=4)))
     truncated = {key: value[:1] for key, value in truncated.items()}
     assert EOS in truncated["input_ids"]
     assert EOS not in truncated["labels"]

@@ -1,22 +1,25 @@
 """Notebook 09: the configurations it counts with, what its collator and packing compute, and the benchmark."""
 
 import ast
+import copy
 import json
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import helpers
-from helpers import benchmark, data
-from helpers.benchmark import Recipe
-from helpers.data import LabelColumns
+from helpers import data
+from helpers.data import LogitsToKeepCollator
+from helpers.makers import benchmark
+from helpers.makers.benchmark import Recipe
 from helpers.models import TINY, load_base, load_tokenizer
 
 import nbformat
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback
+from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorForSeq2Seq, PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 CONFIGS = Path(helpers.__file__).parent / "assets" / "configs"
@@ -58,15 +61,16 @@ def test_the_configuration_of_smollm2_is_the_model_s(smollm2):
 
 
 def notebook_s_collator():
-    """The class LabelColumns as the notebook defines it."""
+    """The class LogitsToKeepCollator as the notebook defines it."""
     for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
-        if cell.cell_type == "code" and "class LabelColumns" in cell.source:
+        if cell.cell_type == "code" and "class LogitsToKeepCollator" in cell.source:
             tree = ast.parse(cell.source)
             tree.body = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-            namespace = {"data": data, "torch": torch}
+            namespace = {"data": data, "torch": torch, "copy": copy, "Any": Any}
+            namespace |= {"DataCollatorForSeq2Seq": DataCollatorForSeq2Seq, "PreTrainedTokenizerBase": object}
             exec(compile(tree, "notebook", "exec"), namespace)
-            return namespace["LabelColumns"]
-    raise AssertionError("the notebook has no LabelColumns")
+            return namespace["LogitsToKeepCollator"]
+    raise AssertionError("the notebook has no LogitsToKeepCollator")
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +93,12 @@ def loss_and_gradient(model, batch, **options):
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
-@pytest.mark.parametrize("collator", [LabelColumns, notebook_s_collator()], ids=["helpers", "notebook"])
+@pytest.mark.parametrize("collator", [LogitsToKeepCollator, notebook_s_collator()], ids=["helpers", "notebook"])
 @pytest.mark.parametrize("items", [None, torch.tensor(77)])
 def test_logits_of_label_columns_give_the_same_loss_and_gradient(collator, items, exact, encoded):
     tokenizer = load_tokenizer()
     options = {} if items is None else {"num_items_in_batch": items}
-    plain = data.Collator(tokenizer)(encoded[:5])
+    plain = DataCollatorForSeq2Seq(tokenizer)(encoded[:5])
     loss, gradient = loss_and_gradient(exact, plain, **options)
     batch = collator(tokenizer)(encoded[:5])
     fewer_loss, fewer_gradient = loss_and_gradient(exact, batch, **options)
@@ -109,7 +113,7 @@ def test_logits_of_label_columns_give_the_same_loss_and_gradient(collator, items
 
 
 def test_only_columns_without_any_label_are_left_out(encoded):
-    batch = LabelColumns(load_tokenizer())(encoded[:6])
+    batch = LogitsToKeepCollator(load_tokenizer())(encoded[:6])
     following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=data.IGNORE_INDEX)
     kept = torch.zeros(following.shape[1], dtype=torch.bool)
     kept[batch["logits_to_keep"]] = True
@@ -153,7 +157,7 @@ def test_a_recipe_changes_what_it_says_and_no_more(on_tiny, tmp_path):
     assert {p.dtype for p in rounded.model.parameters()} == {torch.float32}
     assert recomputing.model.base_model.model.model.layers[0].gradient_checkpointing
     assert not plain.model.base_model.model.model.layers[0].gradient_checkpointing
-    assert isinstance(columns.data_collator, LabelColumns)
+    assert isinstance(columns.data_collator, LogitsToKeepCollator)
 
     def spread(trainer):  # of the lengths in a batch
         batches = [batch["attention_mask"].sum(dim=1) for batch in trainer.get_train_dataloader()]
@@ -176,7 +180,7 @@ def test_the_last_third_is_the_last_third(on_tiny, tmp_path):
 
 
 def test_recipes_take_turns_and_go_to_the_end(on_tiny, capsys):
-    recipes = (Recipe("plain", to_the_end=True), Recipe("columns", labels_only=True))
+    recipes = (Recipe("plain", full_run=True), Recipe("columns", labels_only=True))
     first, second = benchmark.run(recipes, steps=3, few_steps=2, test_rows=4)
     assert [len(first["seconds"]), len(second["seconds"])] == [3, 2]
     assert min(first["seconds"] + second["seconds"]) > 0
@@ -188,7 +192,7 @@ def test_recipes_take_turns_and_go_to_the_end(on_tiny, capsys):
 
 
 def test_recipes_in_one_process_keep_their_own_precision(on_tiny):
-    plain = Recipe("plain", learning_rate=5e-3, to_the_end=True)
+    plain = Recipe("plain", learning_rate=5e-3, full_run=True)
     recipes = (plain, replace(plain, name="bfloat16", bf16=True), replace(plain, name="again"))
     losses = {record["name"]: record["test_loss"] for record in benchmark.run(recipes, 3, 3, 2)}
     assert losses["again"] == losses["plain"]
@@ -207,7 +211,7 @@ def test_a_recipe_in_bfloat16_is_evaluated_in_float32(on_tiny, monkeypatch):
         return 1.0
 
     monkeypatch.setattr(benchmark.evaluation, "completion_loss", look)
-    benchmark.run((Recipe("bfloat16", bf16=True, to_the_end=True),), 1, 1, 1)
+    benchmark.run((Recipe("bfloat16", bf16=True, full_run=True),), 1, 1, 1)
     assert dtypes == {torch.float32}
 
 
@@ -251,7 +255,7 @@ def test_only_whole_groups_of_batches_count():
 
 def test_the_recipes_that_are_compared_train_as_many_parameters():
     record = json.loads(benchmark.RECORD.read_text(encoding="utf-8"))
-    compared = [recipe for recipe in record["recipes"] if recipe["to_the_end"]]
+    compared = [recipe for recipe in record["recipes"] if recipe["full_run"]]
     assert len(compared) == 5
     assert len({recipe["adapter_parameters"] for recipe in compared}) == 1
 
@@ -261,13 +265,14 @@ def test_the_stored_record_is_complete():
     names = [recipe["name"] for recipe in record["recipes"]]
     assert names == [recipe.name for recipe in benchmark.RECIPES]
     for recipe, stored in zip(benchmark.RECIPES, record["recipes"], strict=True):
-        steps = record["settings"]["steps" if recipe.to_the_end else "few_steps"]
+        steps = record["settings"]["steps" if recipe.full_run else "few_steps"]
         assert len(stored["seconds"]) == steps
-        assert ("exact_match" in stored) == ("test_loss" in stored) == recipe.to_the_end
+        assert ("exact_match" in stored) == ("test_loss" in stored) == recipe.full_run
         settings = asdict(recipe) | {"targets": list(recipe.targets)}
         assert {name: stored[name] for name in settings} == settings
     assert {"torch", "transformers", "peft", "accelerate", "trl"} <= record["versions"].keys()
     assert record["settings"]["steps"] == 36
+    assert record["speed"] == {name: list(pair) for name, pair in benchmark.speedups(record["recipes"]).items()}
 
 
 def test_the_command_writes_a_record_and_leaves_trl_out_where_there_is_none(on_tiny, monkeypatch, tmp_path, capsys):

@@ -5,13 +5,13 @@ import math
 
 from helpers import data, evaluation, models, training
 from helpers.hardware import profile
-from helpers.pretrain_tiny import held_out_perplexity
+from helpers.makers.pretrain_tiny import held_out_perplexity
 
 import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorForSeq2Seq, LlamaForCausalLM, set_seed
 from transformers.utils import logging as transformers_logging
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -48,7 +48,7 @@ def _lora_run(model, tokenizer, tmp_path):
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     arguments = training.training_arguments(
-        profile(), tmp_path, max_steps=40, per_device_train_batch_size=16, learning_rate=5e-3, logging_steps=40
+        tmp_path, max_steps=40, per_device_train_batch_size=16, learning_rate=5e-3, logging_steps=40
     )
     rows = data.encode(data.load_commands("train"), tokenizer)
     training.build_trainer(model, arguments, tokenizer, rows).train()
@@ -78,7 +78,7 @@ def test_quantization_keeps_the_model_usable(quantization, tokenizer):
     assert layer.weight.quant_state.quant_type == kind
     assert layer.weight.quant_state.nested == (quantization == "nf4")
     if quantization == "nf4":
-        assert layer.compute_dtype == profile().compute_dtype
+        assert layer.compute_dtype == profile().dtype
     four_bit.eval()
     assert held_out_perplexity(four_bit, tokenizer, count=40) < 1.5 * held_out_perplexity(
         models.load_base("tiny"), tokenizer, count=40
@@ -108,7 +108,9 @@ def four_bit_with_adapter(tokenizer):
     """tiny in NF4 on the CPU, with an adapter that is not zero, and a batch."""
     model = models.load_base("tiny", quantization="nf4", device="cpu")
     model = get_peft_model(model, LoraConfig(r=8, target_modules=LINEAR, init_lora_weights=False))
-    return model, data.Collator(tokenizer)(list(data.encode(data.load_commands("test").select(range(4)), tokenizer)))
+    return model, DataCollatorForSeq2Seq(tokenizer)(
+        list(data.encode(data.load_commands("test").select(range(4)), tokenizer))
+    )
 
 
 def test_an_evaluation_leaves_a_four_bit_model_trainable(four_bit_with_adapter):

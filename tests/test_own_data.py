@@ -10,11 +10,11 @@ import time
 import zipfile
 from collections import Counter
 
-from helpers import own_sample
-from helpers.data import encode, load_jsonl
-from helpers.folders import complete_folder
+from helpers.data import encode
+from helpers.finetune.folders import atomic_folder
+from helpers.finetune.own_data import MOST_CHARACTERS, load_examples, normalized, split_examples
+from helpers.makers import own_sample
 from helpers.models import load_tokenizer
-from helpers.own_data import MOST_CHARACTERS, load_examples, normalized, split_examples
 
 import pytest
 from datasets import Dataset
@@ -49,10 +49,6 @@ def _chat(*turns):
 
 
 # what can be read
-
-
-def test_jsonl_as_load_jsonl_reads_it():
-    assert load_examples(own_sample.TICKETS).to_list() == load_jsonl(own_sample.TICKETS).to_list()
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.ndjson", "rows.JSONL"])
@@ -432,7 +428,7 @@ def test_the_complaints_of_two_topics_share_no_wording():
 
 def test_a_folder_appears_when_its_block_has_ended(tmp_path):
     target = tmp_path / "a" / "adapter"
-    with complete_folder(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "file").write_text("x", encoding="utf-8")
         assert not target.exists()
         assert folder.parent == target.parent
@@ -441,7 +437,7 @@ def test_a_folder_appears_when_its_block_has_ended(tmp_path):
 
 def test_a_block_that_raises_leaves_nothing(tmp_path):
     def interrupted():
-        with complete_folder(tmp_path / "adapter") as folder:
+        with atomic_folder(tmp_path / "adapter") as folder:
             (folder / "file").write_text("x", encoding="utf-8")
             raise KeyboardInterrupt
 
@@ -454,7 +450,7 @@ def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "old").touch()
     message = r"adapter exists already; remove it, or choose another name"
-    with pytest.raises(FileExistsError, match=message), complete_folder(tmp_path / "adapter"):
+    with pytest.raises(FileExistsError, match=message), atomic_folder(tmp_path / "adapter"):
         pytest.fail("the block must not start")
     assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "old"]
 
@@ -465,7 +461,7 @@ def test_a_killed_process_leaves_nothing_that_looks_finished(tmp_path):
     child = os.fork()
     if child == 0:  # writes the weights, and is killed while it evaluates
         try:
-            with complete_folder(target) as folder:
+            with atomic_folder(target) as folder:
                 (folder / "adapter_model.safetensors").write_bytes(b"half")
                 (tmp_path / "written").touch()
                 time.sleep(60)
@@ -478,7 +474,7 @@ def test_a_killed_process_leaves_nothing_that_looks_finished(tmp_path):
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert not target.exists()
     assert (tmp_path / "adapter.unfinished" / "adapter_model.safetensors").exists()
-    with complete_folder(target) as folder:  # the next run starts from nothing
+    with atomic_folder(target) as folder:  # the next run starts from nothing
         assert list(folder.iterdir()) == []
         (folder / "adapter_model.safetensors").write_bytes(b"whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "written"]

@@ -6,9 +6,10 @@ import json
 import re
 import sys
 
-from helpers import data, models, pretrain_tiny
-from helpers.pretrain_tiny import HELD_OUT_SEED, SEED
-from helpers.small_world import TASK_KEYS, documents
+from helpers import data, models
+from helpers.makers import pretrain_tiny
+from helpers.makers.pretrain_tiny import SEED
+from helpers.makers.small_world import HELD_OUT_SEED, TASK_KEYS, documents
 
 import pytest
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import set_seed
+from transformers import DataCollatorForSeq2Seq, set_seed
 
 CHECKPOINTING = {"use_reentrant": False}
 
@@ -30,7 +30,7 @@ def _qlora(rank=8, **options):
 
 def _train(model, rows, folder, **overrides):
     settings = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-3} | overrides
-    arguments = training.training_arguments(profile(), folder, logging_steps=1, **settings)
+    arguments = training.training_arguments(folder, logging_steps=1, **settings)
     trainer = training.build_trainer(model, arguments, models.load_tokenizer("tiny"), rows)
     trainer.train()
     return trainer
@@ -109,7 +109,7 @@ def _dequantized(model):
 
 def test_merging_into_the_dequantized_base_is_exact_and_into_four_bits_is_not(rows):
     model = _qlora(init_lora_weights=False).eval()
-    batch = data.Collator(models.load_tokenizer("tiny"))([rows[i] for i in range(4)])
+    batch = DataCollatorForSeq2Seq(models.load_tokenizer("tiny"))([rows[i] for i in range(4)])
     batch = {key: value.to(model.device) for key, value in batch.items()}
     with torch.no_grad():
         right = model(**batch).logits

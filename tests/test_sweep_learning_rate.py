@@ -1,14 +1,18 @@
 """The learning-rate sweep: what one run is, what is stored, and that a stopped sweep loses nothing."""
 
+import itertools
 import json
 import math
 import sys
+import tempfile
 from dataclasses import astuple, replace
 from functools import partial
 
-from helpers import data, evaluation, models, pretrain_tiny
-from helpers import sweep_learning_rate as sweep
-from helpers.sweep_learning_rate import FULL, LORA, PARTS, QV, QV_80, RESULTS, SMOLLM2, Run
+from helpers import data, evaluation, models
+from helpers.labs import learning_rate
+from helpers.labs.learning_rate import FULL, LORA, PARTS, QV, QV_80, RESULTS, SMOLLM2, Run
+from helpers.makers import pretrain_tiny, small_world
+from helpers.makers import sweep_learning_rate as sweep
 
 import pytest
 import torch
@@ -28,14 +32,14 @@ class StopAfter(TrainerCallback):
 
 
 def first_losses(run, steps, folder):
-    trainer = sweep.build(run, folder)
+    trainer = learning_rate.build(run, folder)
     trainer.add_callback(StopAfter(steps))
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def trainable(run, folder):
-    return sum(p.numel() for p in sweep.build(run, folder).model.parameters() if p.requires_grad)
+    return sum(p.numel() for p in learning_rate.build(run, folder).model.parameters() if p.requires_grad)
 
 
 # One run
@@ -44,9 +48,9 @@ def trainable(run, folder):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_equals_a_loop_by_hand(method, tmp_path):
     run = SHORT if method == "lora" else replace(SHORT, method="full", r=0, alpha=0.0, targets="everything")
-    result = sweep.train_once(run)
+    result = learning_rate.train_once(run)
 
-    batches = list(sweep.build(run, tmp_path).get_train_dataloader())[: run.steps]
+    batches = list(learning_rate.build(run, tmp_path).get_train_dataloader())[: run.steps]
     set_seed(run.seed)
     model = models.load_base("tiny", dtype=torch.float32)
     if method == "lora":
@@ -86,7 +90,7 @@ def test_rslora_is_another_alpha(tmp_path):
 
 def test_the_schedules_and_the_untrained_base(tmp_path):
     def rates(run):
-        trainer = sweep.build(run, tmp_path)
+        trainer = learning_rate.build(run, tmp_path)
         trainer.train()
         return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
 
@@ -99,7 +103,7 @@ def test_the_schedules_and_the_untrained_base(tmp_path):
 
 
 def test_a_run_that_explodes_is_marked_and_can_be_stored():
-    result = sweep.train_once(replace(FULL, learning_rate=1e30, steps=3, batch_size=2, warmup=0.0))
+    result = learning_rate.train_once(replace(FULL, learning_rate=1e30, steps=3, batch_size=2, warmup=0.0))
     assert result["diverged"]
     assert result["losses"][0] is not None
     assert result["losses"][-1] is None
@@ -112,17 +116,33 @@ def test_a_run_that_explodes_is_marked_and_can_be_stored():
 def test_a_field_without_meaning_is_an_error(wrong, tmp_path):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"{name}='{wrong[name]}': choose one of "):
-        sweep.build(replace(SHORT, **wrong), tmp_path)
+        learning_rate.build(replace(SHORT, **wrong), tmp_path)
 
 
 def test_the_base_text_loss_is_that_of_the_pretraining_record():
     model, tokenizer = models.load_base("tiny"), models.load_tokenizer("tiny")
-    loss = sweep.base_text_loss(model, tokenizer)
+    loss = learning_rate.base_text_loss(model, tokenizer)
     assert loss == pytest.approx(math.log(pretrain_tiny.held_out_perplexity(model, tokenizer, count=100)), abs=1e-5)
     recorded = json.loads((models.TINY / "training.json").read_text())["held_out_perplexity"]["trained"]
     assert loss == pytest.approx(math.log(recorded), abs=0.05)  # which is of 400 documents
-    model.model.norm.weight.data.mul_(1e5)
-    assert sweep.base_text_loss(model, tokenizer) is None  # a loss whose perplexity is no floating-point number
+    model.model.norm.weight.data.fill_(math.inf)
+    assert learning_rate.base_text_loss(model, tokenizer) is None
+
+
+def test_the_held_out_text_is_that_of_the_pretraining():
+    stored = [json.loads(line) for line in small_world.HELD_OUT.read_text(encoding="utf-8").splitlines()]
+    assert stored == list(itertools.islice(small_world.documents(small_world.HELD_OUT_SEED), 100))
+
+
+def test_the_untrained_base_has_the_shape_and_the_start_of_the_pretrained_one():
+    tokenizer = models.load_tokenizer("tiny")
+    set_seed(3)
+    new = pretrain_tiny.new_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id).state_dict()
+    run = replace(FULL, base="untrained", seed=3)
+    with tempfile.TemporaryDirectory() as folder:
+        built = learning_rate.build(run, folder).model.state_dict()
+    assert new.keys() == built.keys()
+    assert all(torch.equal(new[name], built[name].cpu()) for name in new)
 
 
 # What is stored
@@ -141,7 +161,7 @@ def test_every_run_of_the_grid_is_stored_once():
 
 @pytest.mark.parametrize("part", PARTS)
 def test_the_stored_losses_are_whole(part):
-    runs = sweep.load_runs(part)
+    runs = learning_rate.load_runs(part)
     assert len(runs) == len(PARTS[part])
     assert (runs["losses"].str.len() == runs["steps"]).all()
     finite = runs["validation_loss"].notna()
@@ -173,7 +193,7 @@ def test_a_stored_run_begins_as_it_does_today(run, tmp_path):
 def short_parts(monkeypatch):
     """Two small parts with a run in common, and runs that take no time."""
     runs = [replace(SMOLLM2, seed=seed) for seed in range(5)]
-    monkeypatch.setattr(sweep, "PARTS", {"low": runs[:3], "high": runs[2:]})
+    monkeypatch.setattr(learning_rate, "PARTS", {"low": runs[:3], "high": runs[2:]})
     done = []
 
     def train_once(run, fail_at=None):
@@ -182,7 +202,7 @@ def short_parts(monkeypatch):
         done.append(run.seed)
         return {"validation_loss": 0.5, "base_text_loss": None, "diverged": False, "losses": [1.0]}
 
-    monkeypatch.setattr(sweep, "train_once", train_once)
+    monkeypatch.setattr(learning_rate, "train_once", train_once)
     return monkeypatch, train_once, done
 
 
@@ -194,19 +214,19 @@ def test_a_run_is_done_once(short_parts, tmp_path):
     assert done == [2, 3, 4, 0, 1]
     stored = [json.loads(line)["seed"] for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert stored == [0, 1, 2, 3, 4]
-    assert list(sweep.load_runs("high", tmp_path)["seed"]) == [2, 3, 4]
+    assert list(learning_rate.load_runs("high", tmp_path)["seed"]) == [2, 3, 4]
     assert [session["runs"] for session in json.loads((tmp_path / "record.json").read_text())] == [3, 2]
 
 
 def test_a_stopped_sweep_goes_on(short_parts, tmp_path):
     monkeypatch, train_once, done = short_parts
-    monkeypatch.setattr(sweep, "train_once", partial(train_once, fail_at=2))
+    monkeypatch.setattr(learning_rate, "train_once", partial(train_once, fail_at=2))
     with pytest.raises(KeyboardInterrupt):
         sweep.sweep(["low", "high"], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["record.json", "runs.jsonl"]
     with pytest.raises(ValueError, match=r"1 of the 3 runs of 'low' are not in .*--part low"):
-        sweep.load_runs("low", tmp_path)
-    monkeypatch.setattr(sweep, "train_once", train_once)
+        learning_rate.load_runs("low", tmp_path)
+    monkeypatch.setattr(learning_rate, "train_once", train_once)
     sweep.sweep(["low", "high"], tmp_path)
     assert done == [0, 1, 2, 3, 4]
 
@@ -221,7 +241,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(short_parts, tmp_path, monkeypat
 
 
 def test_a_part_that_does_not_exist_is_an_error(tmp_path, monkeypatch, capsys):
-    for function in (sweep.load_runs, lambda part: sweep.sweep([part], tmp_path)):
+    for function in (learning_rate.load_runs, lambda part: sweep.sweep([part], tmp_path)):
         with pytest.raises(ValueError, match="part='ranks' does not exist; choose among rates, rank"):
             function("ranks")
     monkeypatch.setattr(sys, "argv", ["sweep_learning_rate", "--part", "ranks"])
@@ -235,4 +255,4 @@ def test_the_command_line(short_parts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sweep_learning_rate", "--part", "low", "--output", str(tmp_path / "new")])
     sweep.main()
     assert "3 of 3 runs to do" in capsys.readouterr().out
-    assert len(sweep.load_runs("low", tmp_path / "new")) == 3
+    assert len(learning_rate.load_runs("low", tmp_path / "new")) == 3

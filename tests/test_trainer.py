@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from helpers import data, training
-from helpers.checkpoints import last_complete_checkpoint
-from helpers.hardware import profile
+from helpers.finetune.checkpoints import last_complete_checkpoint
 from helpers.models import TINY, load_base, load_tokenizer
 
 import nbformat
@@ -30,7 +29,8 @@ NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "05_trainer.ipynb"
 DRIVER = """
 import gc, hashlib, json, os, shutil, signal, sys, traceback, warnings
 from pathlib import Path
-from helpers import checkpoints, data, hardware, models, training
+from helpers import data, hardware, models, training
+from helpers.finetune import checkpoints
 import peft.peft_model, torch, transformers
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback, set_seed
@@ -48,7 +48,7 @@ def build(folder, callbacks=(), **overrides):
         "max_steps": 6, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "logging_steps": 1,
         "save_strategy": "steps", "save_steps": 2,
     }
-    arguments = training.training_arguments(hardware.profile(), folder, **settings | overrides)
+    arguments = training.training_arguments(folder, **settings | overrides)
     trainer = training.build_trainer(model, arguments, tokenizer, rows, callbacks=list(callbacks))
     trainer.remove_callback(training.LossLines)
     return trainer
@@ -246,7 +246,7 @@ def trainer(tmp_path_factory):
             "save_steps": 4,  # in the middle of the second epoch
         }
         folder = folder or tmp_path_factory.mktemp("run")
-        arguments = training.training_arguments(profile(), folder, **settings | overrides)
+        arguments = training.training_arguments(folder, **settings | overrides)
         tokenizer = load_tokenizer("tiny")
         encoded = data.encode(data.load_commands("train").select(range(rows)), tokenizer)
         return training.build_trainer(model, arguments, tokenizer, encoded, encoded)

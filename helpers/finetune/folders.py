@@ -1,4 +1,4 @@
-"""Files and folders that are there whole, or not at all."""
+"""Atomic writes: a file or folder has its name only when all of it is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextmanager
-def complete_folder(target: str | Path) -> Iterator[Path]:
+def atomic_folder(target: str | Path) -> Iterator[Path]:
     """Yield a new folder beside `target`, and give it that name when the block has ended without an error.
 
     Until then it is called "<target>.unfinished", so that a run that fails or is killed leaves nothing that looks
@@ -31,7 +31,7 @@ def complete_folder(target: str | Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def write_whole(file: Path, text: str) -> None:
+def atomic_write_text(file: Path, text: str) -> None:
     """Write UTF-8 beside a file, then rename: a reader sees the old file or the new one, and never half of it."""
     beside = file.with_name(f"{file.name}.partial")
     beside.write_text(text, encoding="utf-8")

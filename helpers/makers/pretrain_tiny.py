@@ -1,9 +1,9 @@
-"""Pretrain the `tiny` base model from nothing: `python -m helpers.pretrain_tiny --output FOLDER`.
+"""Pretrain the `tiny` base model from nothing: `python -m helpers.makers.pretrain_tiny --output FOLDER`.
 
-The recipe is all in this file and in `helpers.small_world`: a byte-level BPE tokenizer in which a word is the same
-token with and without a space before it, a Llama of about a million parameters, and AdamW with a cosine schedule.
-It writes the folder that `helpers.models` ships: weights (safetensors), tokenizer, configuration, and
-`training.json` with the recipe, the loss curve and the perplexities.
+The recipe is all in this file and in `small_world.py`: a byte-level BPE tokenizer in which a word is the same token
+with and without a space before it, a Llama of about a million parameters, and AdamW with a cosine schedule. It writes
+the folder that `helpers.models` ships: weights (safetensors), tokenizer, configuration, and `training.json` with the
+recipe, the loss curve and the perplexities.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from helpers.small_world import documents
+from helpers.evaluation import text_loss
+from helpers.makers.small_world import HELD_OUT_SEED, documents
 
 import torch
 import transformers
@@ -24,7 +25,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
 SEED = 0
-HELD_OUT_SEED = 1_000_000
 VOCABULARY = 768
 SEQUENCE_LENGTH = 128
 BATCH_SIZE = 32
@@ -94,17 +94,9 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Ten
         yield torch.cat(rows)
 
 
-@torch.no_grad()
 def held_out_perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int = 400) -> float:
     """Return exp(mean negative log-likelihood per token) on `count` documents of another seed, one at a time."""
-    model.eval()
-    total, tokens = 0.0, 0
-    for text in itertools.islice(documents(HELD_OUT_SEED), count):
-        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text).input_ids, tokenizer.eos_token_id]])
-        total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-        tokens += ids.shape[1] - 1
-    model.train()
-    return math.exp(total / tokens)
+    return math.exp(text_loss(model, tokenizer, list(itertools.islice(documents(HELD_OUT_SEED), count))))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The patients of notebook 10: sixteen runs of the Trainer that are broken and raise no error.
 
-Each function returns a Trainer over `tiny` and the sample task that has not started. With `mended=True` it returns the
+Each function returns a Trainer over `tiny` and the sample task that has not started. With `fixed=True` it returns the
 same run without the fault, and what differs between the two is all that the function's body is about. `folder` is where
 a run saves, and where the patients find what an earlier run has saved.
 """
@@ -14,8 +14,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from helpers.data import DEVICES, IGNORE_INDEX, ROOMS, Collator, encode, load_commands
-from helpers.hardware import profile
+from helpers.data import DEVICES, IGNORE_INDEX, ROOMS, encode, load_commands
 from helpers.models import enable_checkpointing, load_base, load_tokenizer
 from helpers.training import training_arguments
 
@@ -25,6 +24,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -73,10 +73,10 @@ def new_trainer(
     defaults = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 1}
     trainer = Trainer(
         model=new_adapter() if model is None else model,
-        args=training_arguments(profile(), folder, **(defaults | settings)),
+        args=training_arguments(folder, **(defaults | settings)),
         train_dataset=encoded() if rows is None else rows,
         processing_class=tokenizer,
-        **({"data_collator": Collator(tokenizer), "eval_dataset": encoded("validation")} | (more or {})),
+        **({"data_collator": DataCollatorForSeq2Seq(tokenizer), "eval_dataset": encoded("validation")} | (more or {})),
     )
     trainer.remove_callback(PrinterCallback)  # it prints timings
     return trainer
@@ -104,14 +104,14 @@ def base_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def missing_minus_sign(folder: Path, mended: bool = False) -> Trainer:
+def missing_minus_sign(folder: Path, fixed: bool = False) -> Trainer:
     """The learning rate is meant to be 5e-3, and typed as 5e3."""
-    return new_trainer(folder, learning_rate=5e-3 if mended else 5e3, logging_steps=4)
+    return new_trainer(folder, learning_rate=5e-3 if fixed else 5e3, logging_steps=4)
 
 
-def labels_all_masked(folder: Path, mended: bool = False) -> Trainer:
+def labels_all_masked(folder: Path, fixed: bool = False) -> Trainer:
     """The loss is to start after a marker, which is looked for among the token ids."""
-    marker = load_tokenizer("tiny")("JSON:" if mended else "\nJSON:").input_ids
+    marker = load_tokenizer("tiny")("JSON:" if fixed else "\nJSON:").input_ids
 
     def masked(row: dict[str, list[int]]) -> dict[str, list[int]]:
         ids, n = row["input_ids"], len(marker)
@@ -121,74 +121,74 @@ def labels_all_masked(folder: Path, mended: bool = False) -> Trainer:
     return new_trainer(folder, rows=Dataset.from_list([masked(row) for row in encoded()]))
 
 
-def loaded_for_inference(folder: Path, mended: bool = False) -> Trainer:
+def loaded_for_inference(folder: Path, fixed: bool = False) -> Trainer:
     """An adapter from disk is to be trained on, with activation checkpointing."""
     adapter = trained_adapter(folder)
-    model = PeftModel.from_pretrained(load_tiny(), adapter, is_trainable=mended)  # the default is False
+    model = PeftModel.from_pretrained(load_tiny(), adapter, is_trainable=fixed)  # the default is False
     return new_trainer(folder, model, gradient_checkpointing=True)
 
 
-def optimizer_too_early(folder: Path, mended: bool = False) -> Trainer:
+def optimizer_too_early(folder: Path, fixed: bool = False) -> Trainer:
     """An optimizer of one's own, built right after the model, and then the adapter."""
     base = load_tiny()
     optimizer = torch.optim.AdamW(base.parameters(), lr=5e-3)
     model = new_adapter(base)
-    if mended:
+    if fixed:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     return new_trainer(folder, model, more={"optimizers": (optimizer, None)})
 
 
-def gradients_cut(folder: Path, mended: bool = False) -> Trainer:
+def gradients_cut(folder: Path, fixed: bool = False) -> Trainer:
     """Reentrant checkpointing, LoRA on lm_head too, and no hook that makes the embedding's output need a gradient."""
     model = new_adapter(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", *MLP, "lm_head"])
-    enable_checkpointing(model, use_reentrant=not mended)
+    enable_checkpointing(model, use_reentrant=not fixed)
     model.get_base_model().disable_input_require_grads()
     return new_trainer(folder, model)
 
 
-def rate_too_high(folder: Path, mended: bool = False) -> Trainer:
+def rate_too_high(folder: Path, fixed: bool = False) -> Trainer:
     """A rate that would suit SGD, given to AdamW."""
-    return new_trainer(folder, learning_rate=5e-3 if mended else 0.2)
+    return new_trainer(folder, learning_rate=5e-3 if fixed else 0.2)
 
 
-def rate_too_low(folder: Path, mended: bool = False) -> Trainer:
+def rate_too_low(folder: Path, fixed: bool = False) -> Trainer:
     """A rate copied from a recipe for full fine-tuning."""
-    return new_trainer(folder, learning_rate=5e-3 if mended else 2e-5)
+    return new_trainer(folder, learning_rate=5e-3 if fixed else 2e-5)
 
 
-def half_of_the_targets(folder: Path, mended: bool = False) -> Trainer:
+def half_of_the_targets(folder: Path, fixed: bool = False) -> Trainer:
     """Some of the target names come from another family of models."""
-    model = new_adapter(target_modules=["q_proj", "v_proj", *(MLP if mended else ["fc1", "fc2"])])
+    model = new_adapter(target_modules=["q_proj", "v_proj", *(MLP if fixed else ["fc1", "fc2"])])
     return new_trainer(folder, model)
 
 
-def adapter_in_bfloat16(folder: Path, mended: bool = False) -> Trainer:
+def adapter_in_bfloat16(folder: Path, fixed: bool = False) -> Trainer:
     """The base is in bfloat16, and the adapter is added by the model's own method."""
     model = load_base("tiny", dtype=torch.bfloat16)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     set_seed(0)
-    if mended:
+    if fixed:
         model = get_peft_model(model, config)
     else:
         model.add_adapter(config)
     return new_trainer(folder, model, learning_rate=1e-4, per_device_train_batch_size=2, bf16=False)
 
 
-def ignored_on_resume(folder: Path, mended: bool = False) -> Trainer:
+def ignored_on_resume(folder: Path, fixed: bool = False) -> Trainer:
     """After four updates the rate is found too low, raised, and the run resumed: train(resume_from_checkpoint=True)."""
     folder = Path(folder) / "resume"
     if not (folder / "checkpoint-4").exists():
         new_trainer(folder, learning_rate=1e-4, save_strategy="steps", save_steps=4, max_steps=4).train()
-    if not mended:
+    if not fixed:
         return new_trainer(folder, learning_rate=5e-3)
     model = PeftModel.from_pretrained(load_tiny(), folder / "checkpoint-4", is_trainable=True)
     return new_trainer(folder, model, learning_rate=5e-3, max_steps=8)  # a new run, from the weights alone
 
 
-def prompt_not_masked(folder: Path, mended: bool = False) -> Trainer:
+def prompt_not_masked(folder: Path, fixed: bool = False) -> Trainer:
     """The labels are a copy of the input."""
     rows = encoded()
-    if not mended:
+    if not fixed:
         rows = Dataset.from_list([row | {"labels": row["input_ids"]} for row in rows])
     return new_trainer(folder, rows=rows)
 
@@ -199,11 +199,11 @@ def which_device(split: str) -> Dataset:
     return Dataset.from_list([{"prompt": prompt, "completion": " " + command["device"]} for prompt, command in rows])
 
 
-def padded_with_eos(folder: Path, mended: bool = False) -> Trainer:
+def padded_with_eos(folder: Path, fixed: bool = False) -> Trainer:
     """The padding token is set to EOS, and transformers' own collator makes the labels."""
     tokenizer = load_tokenizer("tiny")
     rows = encode(which_device("train"), tokenizer).remove_columns("labels")
-    if not mended:
+    if not fixed:
         tokenizer.pad_token = tokenizer.eos_token
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     return new_trainer(folder, rows=rows, more={"data_collator": collator}, max_steps=24)
@@ -214,7 +214,7 @@ class OwnEvaluation(TrainerCallback):
 
     def __init__(self, switch_mode: bool) -> None:
         self.switch_mode = switch_mode
-        self.batch = Collator(load_tokenizer("tiny"))([encoded("validation")[i] for i in range(16)])
+        self.batch = DataCollatorForSeq2Seq(load_tokenizer("tiny"))([encoded("validation")[i] for i in range(16)])
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:
@@ -228,9 +228,9 @@ class OwnEvaluation(TrainerCallback):
         self.loss(kwargs["model"])
 
 
-def evaluated_in_train_mode(folder: Path, mended: bool = False) -> Trainer:
+def evaluated_in_train_mode(folder: Path, fixed: bool = False) -> Trainer:
     """An evaluation of one's own, in a callback, which may leave the model in train mode."""
-    evaluation = OwnEvaluation(switch_mode=mended)
+    evaluation = OwnEvaluation(switch_mode=fixed)
     return new_trainer(folder, new_adapter(lora_dropout=0.3), more={"callbacks": [evaluation]}, max_steps=6)
 
 
@@ -244,10 +244,10 @@ def codes(start: int, stop: int) -> Dataset:
     )
 
 
-def duplicates_in_both_splits(folder: Path, mended: bool = False) -> Trainer:
+def duplicates_in_both_splits(folder: Path, fixed: bool = False) -> Trainer:
     """There are only eight rows, so each is taken twelve times, and a quarter of them is held out at random."""
     few = encode(codes(0, 8), load_tokenizer("tiny"))
-    if mended:
+    if fixed:
         split = few.train_test_split(0.25, seed=0)
         rows, held_out = concatenate_datasets([split["train"]] * 12), split["test"]
     else:
@@ -257,10 +257,10 @@ def duplicates_in_both_splits(folder: Path, mended: bool = False) -> Trainer:
     return new_trainer(folder, rows=rows, more={"eval_dataset": held_out}, **settings)
 
 
-def wrong_base(folder: Path, mended: bool = False) -> Trainer:
+def wrong_base(folder: Path, fixed: bool = False) -> Trainer:
     """The adapter is loaded on a newer version of its base: same name, same shapes, trained further by its maker."""
     base = load_tiny()
-    if not mended:
+    if not fixed:
         requests = [{"prompt": row["completion"], "completion": row["prompt"]} for row in load_commands("train")]
         new_trainer(
             folder, base, encode(Dataset.from_list(requests), load_tokenizer("tiny")), learning_rate=3e-3
@@ -268,9 +268,9 @@ def wrong_base(folder: Path, mended: bool = False) -> Trainer:
     return new_trainer(folder, PeftModel.from_pretrained(base, trained_adapter(folder)))
 
 
-def merged_twice(folder: Path, mended: bool = False) -> Trainer:
+def merged_twice(folder: Path, fixed: bool = False) -> Trainer:
     """One script merges the adapter into the model, and another, which does not know it, loads the adapter on that."""
     model = PeftModel.from_pretrained(load_tiny(), trained_adapter(folder))
-    if not mended:
+    if not fixed:
         model = PeftModel.from_pretrained(model.merge_and_unload(), trained_adapter(folder))
     return new_trainer(folder, model)

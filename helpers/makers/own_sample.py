@@ -1,9 +1,9 @@
 """The sample of notebook 12: support mails, each with the ticket that somebody wrote for it, and blemishes.
 
-`python -m helpers.own_sample` writes `helpers/assets/own_data/tickets.jsonl` again. The mails are made from templates
-with a seed. On top come the blemishes of files that people have put together by hand, which the notebook finds:
-repeated rows, rows that were copied and retyped, a mail that two people labelled differently, a stray space, and two
-mails that drag a whole correspondence along.
+`python -m helpers.makers.own_sample` writes `helpers/assets/own_data/tickets.jsonl` again. The mails are made from
+templates with a seed. On top come the blemishes of files that people have put together by hand, which the notebook
+finds: repeated rows, rows that were copied and retyped, a mail that two people labelled differently, a stray space, and
+two mails that drag a whole correspondence along.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import random
 from pathlib import Path
 
-TICKETS = Path(__file__).parent / "assets" / "own_data" / "tickets.jsonl"
+TICKETS = Path(__file__).parents[1] / "assets" / "own_data" / "tickets.jsonl"
 SEED = 20260112
 MAILS = 200
 PRODUCTS = (

@@ -12,11 +12,11 @@ import zipfile
 from pathlib import Path
 
 from helpers.fetch import FOLDER, fetch_smollm2
-from helpers.folders import write_whole
+from helpers.finetune.folders import atomic_write_text
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = ("pyproject.toml", "README.md", "LICENSE", "helpers")  # what the package is built from
-INSTALLER = Path(__file__).parent / "assets" / "room" / "install.py"
+INSTALLER = Path(__file__).parents[1] / "assets" / "room" / "install.py"
 MODULES = "lora-lab[lab]"
 README = """LoRA Lab without a network
 
@@ -69,7 +69,7 @@ def collect_room(target: str | Path, notebooks: str | Path | None = None) -> str
     _copy(notebooks, work / "notebooks", only="*.ipynb")
     shutil.copyfile(INSTALLER, work / INSTALLER.name)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    write_whole(work / "for.txt", f"{python} {platform.system()} {platform.machine()}\n")
+    atomic_write_text(work / "for.txt", f"{python} {platform.system()} {platform.machine()}\n")
     size = sum(file.stat().st_size for file in work.rglob("*")) / 1e9
     text = README.format(
         size=size,
@@ -77,7 +77,7 @@ def collect_room(target: str | Path, notebooks: str | Path | None = None) -> str
         python=python,
         command=f"py -{python} install.py" if os.name == "nt" else f"python{python} install.py",
     )
-    write_whole(work / "README.txt", text)
+    atomic_write_text(work / "README.txt", text)
     work.rename(target)
     return f"{target} holds the course for {platform.system()} with Python {python}, {size:.1f} GB: see its README.txt."
 

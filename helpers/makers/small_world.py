@@ -9,11 +9,17 @@ followed by a command, and no record about a home uses the task's keys (a test c
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from helpers.data import DEVICES, DIALS, ROOMS
+from helpers.data import DEVICES, ROOMS
+from helpers.makers.sample_task import DIALS
+
+HELD_OUT_SEED = 1_000_000
+HELD_OUT = Path(__file__).parents[1] / "assets" / "learning_rate" / "held_out.jsonl"
 
 NAMES = [
     "Anna",
@@ -249,3 +255,13 @@ def _dialogue(rng: random.Random) -> str:
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def main() -> None:
+    """Write the 100 held-out documents that `helpers.labs.learning_rate` scores."""
+    lines = [json.dumps(text) + "\n" for text in itertools.islice(documents(HELD_OUT_SEED), 100)]
+    HELD_OUT.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,7 @@ checkpoint is saved. torchrun itself exits with 1 where a process does not exit 
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import sys
@@ -31,13 +32,12 @@ from pathlib import Path
 
 from helpers import training
 from helpers.data import encode
-from helpers.distributed import StopOnSigterm, refuse_lonely_processes, refuse_unsharded
-from helpers.folders import complete_folder
-from helpers.gradients import diagnose
-from helpers.hardware import profile
+from helpers.diagnose import diagnose
+from helpers.finetune.distributed import StopOnSigterm, check_sharding, check_world_size
+from helpers.finetune.folders import atomic_folder, atomic_write_text
+from helpers.finetune.own_data import load_examples
+from helpers.finetune.runs import FINAL, UNSHARDED, lock_and_find_checkpoint, record
 from helpers.models import load_base, load_tokenizer
-from helpers.own_data import load_examples
-from helpers.runs import FINAL, UNSHARDED, claim, record, write_json
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -115,14 +115,14 @@ def _parse(command_line: list[str] | None) -> tuple[FinetuneArguments, TrainingA
 def defaults() -> dict[str, object]:
     """Return what replaces defaults of TrainingArguments: those of the notebooks, with checkpoints."""
     saving = {"save_strategy": "steps", "save_steps": 100, "ddp_find_unused_parameters": False}
-    return training.default_settings(profile()) | saving
+    return training.default_settings() | saving
 
 
 def _prepare(
     settings: FinetuneArguments, arguments: TrainingArguments, stop: StopOnSigterm, held: ExitStack
 ) -> tuple[Trainer | None, str | None]:
     """Return a Trainer and the checkpoint that it should go on from; no Trainer if the run has ended."""
-    refuse_lonely_processes(arguments.world_size)
+    check_world_size(arguments.world_size)
     for flag in ("save_only_model", "enable_jit_checkpoint"):
         if getattr(arguments, flag):
             raise ValueError(f"--{flag}: leave it out; this script saves checkpoints that a run can be resumed from")
@@ -138,7 +138,7 @@ def _prepare(
         try:
             given = {**asdict(settings), "target_modules": sorted(settings.target_modules)}
             del given["validation"]
-            answer[:2] = claim(record(given, arguments, engine), arguments, held)
+            answer[:2] = lock_and_find_checkpoint(record(given, arguments, engine), arguments, held)
         except (ValueError, OSError) as error:
             answer[2] = str(error)
     checkpoint, ended, fault = broadcast_object_list(answer)
@@ -154,7 +154,7 @@ def _prepare(
     if findings := diagnose(model):
         raise ValueError("; ".join(f"{finding.message}: {finding.remedy}" for finding in findings))
     trainer = training.build_trainer(model, arguments, tokenizer, rows, validation, callbacks=[stop])
-    refuse_unsharded(trainer)
+    check_sharding(trainer)
     return trainer, checkpoint
 
 
@@ -204,7 +204,7 @@ def _write_final(trainer: Trainer) -> None:
     evaluation = trainer.evaluate() if trainer.eval_dataset is not None else {}
     final = Path(arguments.output_dir) / FINAL
     first = arguments.process_index == 0  # it makes the folder and renames it; the others know its name only
-    with complete_folder(final) if first else nullcontext(Path(f"{final}.unfinished")) as folder:
+    with atomic_folder(final) if first else nullcontext(Path(f"{final}.unfinished")) as folder:
         trainer.accelerator.wait_for_everyone()
         trainer.save_model(str(folder))  # all take part: a sharded model is gathered
         trainer.accelerator.wait_for_everyone()
@@ -215,8 +215,4 @@ def _write_final(trainer: Trainer) -> None:
                 )
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
             metrics = {"updates": trainer.state.global_step, "processes": arguments.world_size, "log": log}
-            write_json(folder / "metrics.json", metrics | evaluation)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            atomic_write_text(folder / "metrics.json", json.dumps(metrics | evaluation, indent=1) + "\n")

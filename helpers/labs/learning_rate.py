@@ -1,39 +1,31 @@
-"""The learning-rate sweep behind notebook 06: `python -m helpers.sweep_learning_rate [--part NAME]`.
+"""The learning-rate runs of notebook 06: what a run is, how one is trained, and the stored results.
 
 The runs are data: `PARTS` names the questions, and for each the runs that answer it; `train_once` does one of them with
-the real Trainer. The results go to `runs.jsonl`, one JSON object a line, and `record.json` says with which versions and
-on what kind of machine they were made. A run that is in the file is not repeated, so a stopped sweep can go on.
+the real Trainer. `python -m helpers.makers.sweep_learning_rate` has done them all.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
-import platform
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from helpers import data, evaluation, models, pretrain_tiny, training
-from helpers.folders import write_whole
+from helpers import data, evaluation, models, training
 from helpers.hardware import profile
 
 import pandas as pd
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
-RESULTS = Path(__file__).parent / "assets" / "learning_rate"
+RESULTS = Path(__file__).parents[1] / "assets" / "learning_rate"
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 ALLOWED = {"method": ("lora", "full"), "base": ("pretrained", "untrained"), "schedule": tuple(SCHEDULES)}
 
@@ -128,7 +120,6 @@ def build(run: Run, output_dir: str | Path) -> Trainer:
     set_seed(run.seed)
     tokenizer, rows = _training_rows(run.model)
     arguments = training.training_arguments(
-        profile(),
         output_dir,
         learning_rate=run.learning_rate,
         lr_scheduler_type=SCHEDULES[run.schedule],
@@ -141,7 +132,7 @@ def build(run: Run, output_dir: str | Path) -> Trainer:
         fp16=False,
         bf16=False,
     )
-    trainer = training.build_trainer(_model(run, tokenizer), arguments, tokenizer, rows)
+    trainer = training.build_trainer(_model(run), arguments, tokenizer, rows)
     trainer.remove_callback(training.LossLines)
     return trainer
 
@@ -170,10 +161,8 @@ def train_once(run: Run) -> dict[str, Any]:
 
 def base_text_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float | None:
     """Return tiny's loss in nats per token on 100 documents of held-out pretraining text; None if it is not finite."""
-    try:
-        return _rounded(math.log(pretrain_tiny.held_out_perplexity(model, tokenizer, count=100)))
-    except OverflowError:  # exp of a loss above 709 nats
-        return None
+    lines = (RESULTS / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    return _rounded(evaluation.text_loss(model, tokenizer, [json.loads(line) for line in lines]))
 
 
 def _rounded(loss: float, digits: int = 6) -> float | None:
@@ -186,10 +175,9 @@ def _training_rows(model: str) -> tuple[PreTrainedTokenizerBase, Dataset]:
     return tokenizer, data.encode(data.load_commands("train"), tokenizer)
 
 
-def _model(run: Run, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _model(run: Run) -> PreTrainedModel:
     if run.base == "untrained":
-        model = pretrain_tiny.new_model(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
-        model = model.to(profile().device)
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(models.TINY)).to(profile().device)
     else:
         model = models.load_base(run.model, dtype=torch.float32)
     if run.method == "full":
@@ -205,70 +193,26 @@ def load_runs(part: str, folder: Path = RESULTS) -> pd.DataFrame:
     Raises:
         ValueError: there is no such part in `PARTS`, or a run of it is not in the folder's `runs.jsonl`.
     """
-    wanted, rows = _plan([part]), _read(folder)
+    wanted, rows = runs_of([part]), read_stored(folder)
     missing = [run for run in wanted if run not in rows]
     if missing:
         raise ValueError(
             f"{len(missing)} of the {len(wanted)} runs of {part!r} are not in {folder / 'runs.jsonl'}; "
-            f"run `python -m helpers.sweep_learning_rate --part {part}`"
+            f"run `python -m helpers.makers.sweep_learning_rate --part {part}`"
         )
     return pd.DataFrame([rows[run] for run in wanted]).astype({"validation_loss": float, "base_text_loss": float})
 
 
-def sweep(parts: Sequence[str], folder: Path) -> None:
-    """Do the runs of the parts that are not in the folder yet. It is written after each, so a sweep can be stopped.
-
-    Raises:
-        ValueError: there is no such part in `PARTS`.
-    """
-    wanted, rows = _plan(parts), _read(folder)
-    missing = [run for run in wanted if run not in rows]
-    print(f"{len(missing)} of {len(wanted)} runs to do", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    record, started = folder / "record.json", time.perf_counter()
-    sessions = json.loads(record.read_text(encoding="utf-8")) if record.exists() else []
-    for number, run in enumerate(missing, start=1):
-        rows[run] = asdict(run) | train_once(run)
-        minutes = round((time.perf_counter() - started) / 60, 1)
-        lines = [json.dumps(rows[run]) + "\n" for run in sorted(rows, key=astuple)]
-        write_whole(folder / "runs.jsonl", "".join(lines))
-        session = {"parts": list(parts), "runs": number, "minutes": minutes} | _circumstances()
-        write_whole(record, json.dumps([*sessions, session], indent=1) + "\n")
-        print(f"{number} of {len(missing)}, {minutes} min: loss {rows[run]['validation_loss']}, {run}", flush=True)
-
-
-def _plan(parts: Sequence[str]) -> list[Run]:
+def runs_of(parts: Sequence[str]) -> list[Run]:
+    """Return the runs of some parts of `PARTS`, each once."""
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"part={part!r} does not exist; choose among {', '.join(PARTS)}")
     return list(dict.fromkeys(run for part in parts for run in PARTS[part]))
 
 
-def _read(folder: Path) -> dict[Run, dict[str, object]]:
+def read_stored(folder: Path) -> dict[Run, dict[str, object]]:
+    """Return the stored runs with their settings and results; none where there is no `runs.jsonl`."""
     file = folder / "runs.jsonl"
     rows = map(json.loads, file.read_text(encoding="utf-8").splitlines()) if file.exists() else []
     return {Run(**{field.name: row[field.name] for field in fields(Run)}): row for row in rows}
-
-
-def _circumstances() -> dict[str, object]:
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{profile().device}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
-    }
-
-
-def main() -> None:
-    """Run the sweep from the command line."""
-    parser = argparse.ArgumentParser(description="Train at many learning rates and store the losses.")
-    parser.add_argument("--part", action="append", choices=list(PARTS), help="only this part; may be repeated")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of runs.jsonl, to make or to go on with")
-    arguments = parser.parse_args()
-    sweep(arguments.part or list(PARTS), arguments.output)
-
-
-if __name__ == "__main__":
-    main()

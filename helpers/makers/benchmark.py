@@ -1,4 +1,4 @@
-"""Ways to train one adapter, timed side by side: `python -m helpers.benchmark` writes assets/benchmark/record.json.
+"""Ways to train one adapter, timed side by side: `python -m helpers.makers.benchmark` writes the record in assets.
 
 Each recipe fine-tunes smollm2-135m on the sample task with the Trainer, in a thread of its own. The threads take
 turns, one step each, so that whatever else the machine does slows all of them alike: what is reported are ratios.
@@ -27,15 +27,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from helpers import data, evaluation, hardware, models, training
-from helpers.folders import write_whole
+from helpers import data, evaluation, models, training
+from helpers.finetune.folders import atomic_write_text
 
 import datasets
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, set_seed
 
-RECORD = Path(__file__).parent / "assets" / "benchmark" / "record.json"
+RECORD = Path(__file__).parents[1] / "assets" / "benchmark" / "record.json"
 MODEL = "smollm2-135m"
 BATCH_SIZE = 8
 GROUP = 12  # batches; from transformers' get_length_grouped_indices for 400 rows
@@ -59,7 +59,7 @@ class Recipe:
         learning_rate: at its highest.
         checkpointing: compute each layer again in the backward pass. For TRL, None leaves its default, which is True.
         trl: with TRL's SFTTrainer.
-        to_the_end: take all steps and evaluate; otherwise a few steps, for the time.
+        full_run: take all steps and evaluate; otherwise a few steps, for the time.
     """
 
     name: str
@@ -72,17 +72,17 @@ class Recipe:
     learning_rate: float = 1e-3
     checkpointing: bool | None = False
     trl: bool = False
-    to_the_end: bool = False
+    full_run: bool = False
 
 
-FASTER = Recipe("grouped, labels only", grouped=True, labels_only=True, to_the_end=True)
+FASTER = Recipe("grouped, labels only", grouped=True, labels_only=True, full_run=True)
 RECIPES: tuple[Recipe, ...] = (
-    Recipe("plain", to_the_end=True),
+    Recipe("plain", full_run=True),
     FASTER,
     replace(FASTER, name="the same, bfloat16", bf16=True),
     # As many parameters as with rank 8 in all layers. The learning rate was chosen on the validation split.
     replace(FASTER, name="the same, last third", last_third=True, rank=24, learning_rate=3e-3),
-    Recipe("TRL", trl=True, checkpointing=None, to_the_end=True),
+    Recipe("TRL", trl=True, checkpointing=None, full_run=True),
     Recipe("TRL, no checkpointing", trl=True),
     Recipe("grouped by length", grouped=True),
     Recipe("logits for labels only", labels_only=True),
@@ -134,7 +134,7 @@ def build(recipe: Recipe, model: Any, tokenizer: Any, steps: int, output_dir: st
     if recipe.trl:
         import trl
 
-        plain = training.training_arguments(hardware.profile(), output_dir)
+        plain = training.training_arguments(output_dir)
         same = ("lr_scheduler_type", "warmup_steps", "save_strategy", "report_to", "use_cpu", "disable_tqdm")
         settings |= {name: getattr(plain, name) for name in same}
         arguments = trl.SFTConfig(output_dir=output_dir, dataloader_pin_memory=False, **settings)
@@ -142,8 +142,8 @@ def build(recipe: Recipe, model: Any, tokenizer: Any, steps: int, output_dir: st
         return trl.SFTTrainer(args=arguments, train_dataset=data.load_commands("train"), **given)
     if recipe.grouped:
         settings["train_sampling_strategy"] = "group_by_length"
-    arguments = training.training_arguments(hardware.profile(), output_dir, **settings)
-    collator = data.LabelColumns(tokenizer) if recipe.labels_only else data.Collator(tokenizer)
+    arguments = training.training_arguments(output_dir, **settings)
+    collator = data.LogitsToKeepCollator(tokenizer) if recipe.labels_only else DataCollatorForSeq2Seq(tokenizer)
     return Trainer(
         model=get_peft_model(model, lora), args=arguments, data_collator=collator, processing_class=tokenizer,
         train_dataset=data.encode(data.load_commands("train"), tokenizer),
@@ -160,7 +160,7 @@ def _run(recipe: Recipe, model: Any, tokenizer: Any, steps: int, test_rows: int,
         trainer.train()
         parent.recv()
         result = {"adapter_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)}
-        if recipe.to_the_end:
+        if recipe.full_run:
             trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # evaluated without autocast
             test = data.load_commands("test")
             result["test_loss"] = evaluation.completion_loss(trainer.model, tokenizer, test)
@@ -184,7 +184,7 @@ def run(recipes: tuple[Recipe, ...], steps: int, few_steps: int, test_rows: int)
     tokenizer = models.load_tokenizer(MODEL)
     base = models.load_base(MODEL, dtype=torch.float32, device="cpu")
     shared = {id(parameter): parameter for parameter in base.parameters()}  # frozen, so that all can have the same
-    length = {recipe: steps if recipe.to_the_end else few_steps for recipe in recipes}
+    length = {recipe: steps if recipe.full_run else few_steps for recipe in recipes}
     records: dict[Recipe, dict[str, Any]] = {recipe: asdict(recipe) | {"seconds": []} for recipe in recipes}
     turns: dict[Recipe, Connection] = {}
     threads: list[threading.Thread] = []
@@ -234,7 +234,7 @@ def speedups(records: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     """Run all recipes, store the record, and print how much faster than the plain way each is."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.benchmark", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m helpers.makers.benchmark", description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=3 * GROUP)
     parser.add_argument("--few-steps", type=int, default=GROUP)
     parser.add_argument("--test-rows", type=int, default=64)
@@ -250,18 +250,19 @@ def main() -> None:
         print('TRL is left out: it is not installed (pip install "trl>=1.0")')
         recipes = tuple(recipe for recipe in recipes if not recipe.trl)
     records = run(recipes, options.steps, options.few_steps, options.test_rows)
-    found = {
+    found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "versions": {package: version(package) for package in packages},
         "settings": {"model": MODEL, "batch_size": BATCH_SIZE}
         | {name: getattr(options, name) for name in ("steps", "few_steps", "test_rows")},
+        "speed": speedups(records),
         "recipes": records,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(options.out, json.dumps(found, indent=1) + "\n")
-    for name, (total, median) in speedups(records).items():
+    atomic_write_text(options.out, json.dumps(found, indent=1) + "\n")
+    for name, (total, median) in found["speed"].items():
         print(f"{name:24} {total:.2f}x in all steps, {median:.2f}x as the median of turns")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.data import IGNORE_INDEX
-from helpers.gradients import Finding, diagnose
+from helpers.diagnose import Finding, diagnose
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class DiagnosticsCallback(TrainerCallback):
         an update has made a weight inf or NaN, and it would now be saved.
     The messages name the update and the parameter and, but for the last, the micro-batch and its rows in the data.
 
-    It warns, and keeps in `findings`, what `helpers.gradients.diagnose` finds in the model, the optimizer and the first
+    It warns, and keeps in `findings`, what `helpers.diagnose.diagnose` finds in the model, the optimizer and the first
     rows before the first step, and these of its own:
         settings-ignored         a resumed run uses the learning rate or the weight decay of the checkpoint, or
                                  another scale (lora_alpha, use_rslora; another r does not load) than the checkpoint

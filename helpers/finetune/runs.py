@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from helpers.checkpoints import last_complete_checkpoint
-from helpers.folders import write_whole
+from helpers.finetune.checkpoints import last_complete_checkpoint
+from helpers.finetune.folders import atomic_write_text
 
 from filelock import FileLock, Timeout
 from transformers import TrainingArguments
@@ -43,8 +43,10 @@ def record(given: Mapping[str, object], arguments: TrainingArguments, engine: st
     return json.loads(json.dumps(kept, default=str))
 
 
-def claim(now: Mapping[str, object], arguments: TrainingArguments, held: ExitStack) -> tuple[str | None, bool]:
-    """Keep other runs out of the folder of this one; return the checkpoint to go on from, and whether it has ended.
+def lock_and_find_checkpoint(
+    now: Mapping[str, object], arguments: TrainingArguments, held: ExitStack
+) -> tuple[str | None, bool]:
+    """Lock the output folder, check that its settings match, and return (checkpoint, finished).
 
     Args:
         now: the `record` of this run. It is written into the folder at the first start, and compared after that.
@@ -70,7 +72,7 @@ def claim(now: Mapping[str, object], arguments: TrainingArguments, held: ExitSta
     elif ended or found:
         raise ValueError(f"{folder} holds a run that this script did not start; give another --output_dir")
     else:
-        write_json(folder / SETTINGS, now)
+        atomic_write_text(folder / SETTINGS, json.dumps(now, indent=1) + "\n")
     if ended:
         return None, True
     if now["engine"] == UNSHARDED:  # nothing here knows when a checkpoint of the other engines is complete
@@ -84,8 +86,3 @@ def claim(now: Mapping[str, object], arguments: TrainingArguments, held: ExitSta
             stacklevel=2,
         )
     return checkpoint, False
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file, whole or not at all."""
-    write_whole(path, json.dumps(content, indent=1) + "\n")

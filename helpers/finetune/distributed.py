@@ -12,8 +12,8 @@ from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-def refuse_lonely_processes(world_size: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Raise where a launcher meant several processes and this one believes to be alone.
+def check_world_size(world_size: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise if the launcher started several processes but this one sees world size 1.
 
     Such processes raise nothing by themselves: they do the same work, each for itself, and write one folder.
 
@@ -38,7 +38,7 @@ def refuse_lonely_processes(world_size: int, environment: Mapping[str, str] = os
         )
 
 
-def refuse_unsharded(trainer: Trainer) -> None:
+def check_sharding(trainer: Trainer) -> None:
     """Raise where FSDP was asked for, by TrainingArguments or `accelerate launch`, and the Trainer does without.
 
     On CPUs, and with one process, it trains with DDP or alone, and each process holds the whole model.

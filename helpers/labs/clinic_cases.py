@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from helpers import clinic
+from helpers.labs import clinic
 
 from transformers import Trainer
 
@@ -14,10 +14,10 @@ class Case(NamedTuple):
     """One patient.
 
     Attributes:
-        build: makes the run, `build(folder)`, or with `mended=True` the run without the fault.
+        build: makes the run, `build(folder)`, or with `fixed=True` the run without the fault.
         guesses: each answer to "what is wrong?" and, to be read after it is given, what speaks for or against it.
         right: the position of the right one.
-        found_by: "diagnose" (helpers.gradients), "callback" (helpers.callbacks), or "outside": nothing in the run.
+        found_by: "diagnose" (helpers.diagnose), "callback" (helpers.watch), or "comparison": nothing in the run.
         code: of the finding; "stops" where the callback raises; or the comparison that decides.
         resume: the run is to be started with train(resume_from_checkpoint=True).
         trains: False for an adapter that is only loaded, and evaluated.
@@ -112,7 +112,7 @@ CASES = (  # in the order of the notebook
             "The adapter gets no gradient": "The gradient norm is that of the healthy run.",
         },
         1,
-        "outside",
+        "comparison",
         "the same run at other rates",
     ),
     Case(
@@ -162,7 +162,7 @@ CASES = (  # in the order of the notebook
             "The learning rate is too high": "Then the loss would jump, and the first loss would be the usual one.",
         },
         0,
-        "outside",
+        "comparison",
         "the labels, decoded",
     ),
     Case(
@@ -211,7 +211,7 @@ CASES = (  # in the order of the notebook
             "both machines, as the measurement shows.",
         },
         1,
-        "outside",
+        "comparison",
         "the base's fingerprint",
         trains=False,
     ),
@@ -223,7 +223,7 @@ CASES = (  # in the order of the notebook
             "The scaling alpha / r was forgotten": "Then the update would be half as large here, and not twice.",
         },
         0,
-        "outside",
+        "comparison",
         "the base's fingerprint",
         trains=False,
     ),
