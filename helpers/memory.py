@@ -1,7 +1,6 @@
-"""What a training step needs in memory: estimated from a configuration alone, and measured.
+"""What a training step needs in memory: measured, and estimated from a configuration alone.
 
-The estimate is a real step with the real libraries on PyTorch's meta device, where tensors have shapes and no data:
-every tensor that the step makes is counted while it lives.
+The estimate is a real step on PyTorch's meta device, where tensors have no data: each is counted while it lives.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from helpers import meta_step
 from helpers.hardware import profile
 from helpers.models import enable_checkpointing
 
-import numpy as np
+import pandas as pd
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PretrainedConfig
@@ -31,30 +30,20 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that one training step needs, by what they are for.
+    """Bytes that one training step needs, by what they are for."""
 
-    Attributes:
-        weights: parameters and buffers of the base model. NF4 packs two weights in a byte.
-        quantization_constants: what NF4 keeps beside them: scales, the scales' own scales, and code books.
-        adapters: LoRA's A and B.
-        optimizer_state: after the first step.
-        gradients: of all trainable parameters, as the optimizer finds them.
-        activations: what autograd keeps at the end of the forward pass, without `logits`.
-        logits: the most that the logits and their copies (fp32, log-softmax, gradient) take at one time.
-        total: the peak. It is not the sum of the above, which are not all there at once: the backward pass frees
-            activations while it makes gradients, and needs room for temporary tensors.
-        at_peak: the bytes at the moment of the peak, by the seven names above. They sum to `total`. Here `activations`
-            includes all temporary tensors, such as those of a layer that checkpointing computes again.
-    """
-
-    weights: int
-    quantization_constants: int
-    adapters: int
-    optimizer_state: int
-    gradients: int
-    activations: int
-    logits: int
+    weights: int  # parameters and buffers of the base model; NF4 packs two weights in a byte
+    quantization_constants: int  # what NF4 keeps beside them: scales, the scales' own scales, and code books
+    adapters: int  # LoRA's A and B
+    optimizer_state: int  # after the first step
+    gradients: int  # of all trainable parameters, as the optimizer finds them
+    activations: int  # what autograd keeps at the end of the forward pass, without `logits`
+    logits: int  # the most that the logits and their copies (fp32, log-softmax, gradient) take at one time
+    # The peak. It is not the sum of the above, which are not all there at once: the backward pass frees activations
+    # while it makes gradients, and needs room for temporary tensors.
     total: int
+    # The bytes at the moment of the peak, by the seven names above; they sum to `total`. Here `activations` includes
+    # all temporary tensors, such as those of a layer that checkpointing computes again.
     at_peak: dict[str, int]
 
     @property
@@ -85,11 +74,8 @@ def estimate_training_memory(
     float16 the forward pass runs under autocast, as in the Trainer with `bf16=True`; PEFT keeps adapters in fp32.
     Attention is PyTorch's fused kernel, which does not keep T x T probabilities.
 
-    A model of equal layers is run with two and with three of them: every count is linear in their number, which is
-    tested against whole models. Where layers differ, the whole model is run.
-
-    Counted is what PyTorch's allocator hands out. A process on a GPU needs more: the CUDA context, workspaces inside
-    kernels, fragmentation. Fused losses, which never hold all logits, need less.
+    Counted is what PyTorch's allocator hands out. A process on a GPU needs more: the CUDA context, workspaces,
+    fragmentation. Fused losses, which never hold all logits, need less.
 
     Args:
         config: of a transformers model for AutoModelForCausalLM, such as a LlamaConfig.
@@ -99,16 +85,11 @@ def estimate_training_memory(
             weights in fp32, as `load_base(quantization="nf4")` and PEFT's `prepare_model_for_kbit_training` leave them.
         double_quant: quantize NF4's scales to 8 bits, in blocks of 256.
         dtype: of the base weights, or what 4-bit layers multiply in.
-        batch_size: rows in a micro-batch.
-        sequence_length: tokens in a row.
-        gradient_checkpointing: keep the input of each layer only, and compute the layer again in the backward pass.
+        batch_size, sequence_length: the micro-batch, in rows and tokens.
+        gradient_checkpointing: store each layer's input only and recompute the layer in the backward pass.
         optimizer: by its name in TrainingArguments. Paged state counts, though CUDA may move it out of the GPU.
         padded: some row has padding, so that attention gets an explicit mask (batch, 1, tokens, tokens).
         device: "cuda", where "adamw_torch" updates all parameters at once, or "cpu", where it goes one by one.
-
-    Raises:
-        ValueError: an argument is not among CHOICES or below 1; 4-bit weights without an adapter; `target_modules`
-            match nothing (from PEFT); or the model's code cannot run without data.
     """
     dtype = str(dtype).removeprefix("torch.")
     given = {"quantization": quantization, "dtype": dtype, "optimizer": optimizer, "device": device}
@@ -123,7 +104,7 @@ def estimate_training_memory(
 
     torch_dtype = getattr(torch, dtype)
 
-    def step(layers: int) -> np.ndarray:
+    def step(layers: int) -> pd.DataFrame:
         model = meta_step.build_model(config, layers, torch_dtype)
         constants = meta_step.quantize(model, torch_dtype, double_quant) if quantization else []
         if gradient_checkpointing:
@@ -140,16 +121,16 @@ def estimate_training_memory(
 
     depth = config.num_hidden_layers
     try:
-        if meta_step.equal_layers(config):
+        if meta_step.equal_layers(config):  # every count is linear in their number: two and three of them tell all
             two = step(2)
-            whole, *moments = (two + (depth - 2) * (step(3) - two)).tolist()
+            table = two + (depth - 2) * (step(3) - two)
         else:
-            whole, *moments = step(depth).tolist()
+            table = step(depth)
     except RuntimeError as error:  # mostly an operation that asks a meta tensor for its data
         raise ValueError(f"config: a {config.model_type} model cannot run on the meta device: {error}") from error
-    peak = max(moments, key=sum)
-    parts, at_peak = (dict(zip(meta_step.PARTS, row, strict=True)) for row in (whole, peak))
-    return MemoryEstimate(**parts, total=sum(peak), at_peak=at_peak)
+    total = table.drop("kept").sum(axis=1)  # of each stretch's largest moment
+    at_peak = table.loc[total.idxmax()].to_dict()
+    return MemoryEstimate(**table.loc["kept"].to_dict(), total=int(total.max()), at_peak=at_peak)
 
 
 class PeakMemory:
@@ -171,21 +152,15 @@ def measure_peak_memory(device: str | torch.device | None = None) -> Iterator[Pe
 
     On CUDA it reads the caching allocator's counters (`torch.cuda.max_memory_allocated`). On a CPU it adds up the
     memory events of torch's profiler, which does not see tensors freed that were there before, and which grows with
-    every operation: measure a few steps.
+    every operation: measure a few steps. If the region raises, `peak` stays None.
 
     Args:
         device: "cuda" or "cpu"; the hardware profile's by default.
-
-    Yields:
-        A PeakMemory, whose `peak` is set at the region's end. If the region raises, it stays None.
-
-    Raises:
-        RuntimeError: inside another such region, or on a CPU inside torch's profiler.
-        ValueError: another device.
     """
     place = torch.device(device or profile().device)
     if place.type not in CHOICES["device"]:
         raise ValueError(f"device={str(place)!r}: choose one of {', '.join(map(repr, CHOICES['device']))}")
+    # torch has no public way to ask whether its profiler runs.
     if _measuring or (place.type == "cpu" and torch._C._autograd._profiler_enabled()):
         raise RuntimeError("memory is being measured or profiled already; measure one region at a time")
     measured = PeakMemory()

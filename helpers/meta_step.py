@@ -1,7 +1,4 @@
-"""A training step on PyTorch's meta device, where tensors have shapes and no data, and its bytes at every moment.
-
-`helpers.memory.estimate_training_memory` puts it together.
-"""
+"""A training step on PyTorch's meta device and its bytes at every moment, the work of `helpers.memory`."""
 
 from __future__ import annotations
 
@@ -10,18 +7,19 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
-from unittest import mock
 
 import bitsandbytes as bnb
-import numpy as np
+import pandas as pd
 import torch
 from peft import prepare_model_for_kbit_training
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode  # what torch's documentation of such modes imports
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 
+STRETCHES = ("forward", "backward above the lowest layer", "backward in the lowest layer", "optimizer")
 PARTS = ("weights", "quantization_constants", "adapters", "optimizer_state", "gradients", "activations", "logits")
 
 
@@ -50,18 +48,21 @@ def equal_layers(config: PretrainedConfig) -> bool:
 
 def quantize(model: PreTrainedModel, dtype: torch.dtype, double_quant: bool) -> list[torch.Tensor]:
     """Make the linear layers bitsandbytes' own, prepare the model as for QLoRA, and return the constants."""
+    # bitsandbytes keeps one 8-bit code for the whole process, on the device of its first use: let that one have data.
+    bnb.functional.quantize_blockwise(torch.zeros(1))
     constants = []
-    # bitsandbytes keeps an 8-bit code for the whole process in name2qmap: one without data must not stay there.
-    with mock.patch.dict(bnb.functional.name2qmap, clear=True):
-        for name, old in [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]:
-            if old is not model.get_output_embeddings():
-                options = {"compute_dtype": dtype, "compress_statistics": double_quant, "quant_type": "nf4"}
-                sizes = (old.in_features, old.out_features, old.bias is not None)
-                new = bnb.nn.Linear4bit(*sizes, **options, device="meta").to(dtype)
-                state = new.weight._quantize(torch.device("meta")).quant_state
-                constants += [state.absmax, state.code]
-                constants += [state.offset, state.state2.absmax, state.state2.code] if double_quant else []
-                model.set_submodule(name, new)
+    for name, old in [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]:
+        if old is model.get_output_embeddings():
+            continue
+        options = {"compress_statistics": double_quant, "quant_type": "nf4"}
+        sizes = (old.in_features, old.out_features, old.bias is not None)
+        new = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, device="meta", **options).to(dtype)
+        packed, state = bnb.functional.quantize_4bit(new.weight.data, **options)
+        new.weight = bnb.nn.Params4bit(packed, quant_state=state, bnb_quantized=True, module=new, **options)
+        new.quant_state = state
+        constants += [state.absmax, state.code]
+        constants += [state.offset, state.state2.absmax, state.state2.code] if double_quant else []
+        model.set_submodule(name, new)
     model.is_loaded_in_4bit = True
     prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return constants
@@ -88,7 +89,7 @@ def optimizer_state(
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the tensors' storages, each counted once."""
-    return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+    return sum({id(s): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
 class _Ledger(TorchDispatchMode):
@@ -97,23 +98,23 @@ class _Ledger(TorchDispatchMode):
     def __init__(self, logits_shapes: set[tuple[int, int]]) -> None:
         super().__init__()
         self.logits_shapes = logits_shapes  # (number of elements, size of the last dimension)
-        self.kind: dict[int, str] = {}  # by storage
+        self.kind: dict[int, str] = {}  # by the storage's id: torch keeps its Python object as long as it lives
         self.now = dict.fromkeys(("gradients", "activations", "logits"), 0)
         self.peaks = [dict(self.now)]  # one for each stretch of the step
         self.most_logits = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        old = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_iter(out):
+        old = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
             if not isinstance(tensor, torch.Tensor) or tensor.device.type != "meta":
                 continue
             storage = tensor.untyped_storage()
-            if storage._cdata not in old and storage._cdata not in self.kind:
+            if id(storage) not in old and id(storage) not in self.kind:
                 is_logits = (tensor.numel(), *tensor.shape[-1:]) in self.logits_shapes
-                self.kind[storage._cdata] = "logits" if is_logits else "activations"
-                self.now[self.kind[storage._cdata]] += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+                self.kind[id(storage)] = "logits" if is_logits else "activations"
+                self.now[self.kind[id(storage)]] += storage.nbytes()
+                weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
         self.most_logits = max(self.most_logits, self.now["logits"])
         self.peaks[-1] = max(self.peaks[-1], dict(self.now), key=lambda moment: sum(moment.values()))
         return out
@@ -123,12 +124,57 @@ class _Ledger(TorchDispatchMode):
 
     def is_gradient(self, parameter: nn.Parameter) -> None:
         storage = parameter.grad.untyped_storage()
-        self.now[self.kind[storage._cdata]] -= storage.nbytes()
-        self.kind[storage._cdata] = "gradients"
+        self.now[self.kind[id(storage)]] -= storage.nbytes()
+        self.kind[id(storage)] = "gradients"
         self.now["gradients"] += storage.nbytes()
 
     def next_stretch(self, *_: object) -> None:
         self.peaks.append(dict(self.now))
+
+
+class _Autocast(TorchFunctionMode):
+    """Autocast of linear layers; torch has none for the meta device."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            args = [x.to(self.dtype) if isinstance(x, torch.Tensor) else x for x in args]
+            kwargs = {key: x.to(self.dtype) if isinstance(x, torch.Tensor) else x for key, x in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def _use_fused_attention(model: PreTrainedModel, dtype: torch.dtype, mask: torch.Tensor | None) -> None:
+    """Have the model call PyTorch's fused kernel; torch itself would take the one that keeps T x T on meta."""
+
+    def attend(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object, **options: Any
+    ) -> tuple[torch.Tensor, None]:
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))  # (batch, heads, T, head size)
+        bias = None
+        if mask is not None:  # then transformers repeats keys and values, and torch makes the mask one of numbers
+            key, value = (repeat_kv(tensor, query.shape[1] // key.shape[1]) for tensor in (key, value))
+            bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), float("-inf"))
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # its public caller chooses by the device
+        out = fused(query, key, value, 0.0, mask is None, attn_mask=bias, scale=options.get("scaling"))[0]
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("meta", attend)
+    model.set_attn_implementation("meta")
+
+
+def _mark_second_layer(model: PreTrainedModel, ledger: _Ledger) -> None:
+    """Have the ledger begin a stretch when the backward pass has come down to the lowest layer."""
+
+    def above_lowest(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        hook.remove()
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(ledger.next_stretch)
+
+    second = [*_layers(model), nn.Identity(), nn.Identity()][1]
+    hook = second.register_forward_pre_hook(above_lowest)
 
 
 def trace_step(
@@ -140,35 +186,13 @@ def trace_step(
     shape: tuple[int, int],
     padded: bool,
     dtype: torch.dtype,
-) -> np.ndarray:
-    """Take a step on the meta device. Returns bytes, one column for each of PARTS.
+) -> pd.DataFrame:
+    """Take a step on the meta device, and return its bytes, with a column for each of PARTS.
 
-    The first row has the parts as MemoryEstimate describes them. Each other row is the largest moment of one stretch
-    of the step: forward, backward down to the lowest layer, the rest of backward, optimizer. Within a stretch the
-    largest moment is the same one for any number of layers, so that its bytes are linear in that number.
+    The row "kept" has the parts as MemoryEstimate describes them. Each other row is the largest moment of one stretch,
+    within which that is the same moment for any number of layers: so its bytes are linear in their number.
     """
-    mask = None
-
-    def attend(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object, **options: Any
-    ) -> tuple[torch.Tensor, None]:
-        """PyTorch's fused attention; torch itself would take the kernel that keeps T x T on the meta device."""
-        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-        bias = None
-        if mask is not None:  # then transformers repeats keys and values, and torch makes the mask one of numbers
-            key, value = (repeat_kv(tensor, query.shape[1] // key.shape[1]) for tensor in (key, value))
-            bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), float("-inf"))
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out = fused(query, key, value, 0.0, mask is None, attn_mask=bias, scale=options.get("scaling"))[0]
-        return out.transpose(1, 2).contiguous(), None
-
-    linear = nn.functional.linear
-
-    def autocast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return linear(x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype))
-
-    AttentionInterface.register("meta", attend)
-    model.set_attn_implementation("meta")
+    batch_size, length = shape
     trainable = adapters or list(model.parameters())
     static = {
         "weights": _bytes([*model.parameters(), *model.buffers()]) - _bytes(adapters),
@@ -177,33 +201,27 @@ def trace_step(
         "optimizer_state": _bytes(state),
     }
     vocabulary = model.config.vocab_size
-    ledger = _Ledger({(shape[0] * (shape[1] - shift) * vocabulary, vocabulary) for shift in (0, 1)})
+    ledger = _Ledger({(batch_size * (length - shift) * vocabulary, vocabulary) for shift in (0, 1)})
     for parameter in trainable:
         parameter.register_post_accumulate_grad_hook(ledger.is_gradient)
-
-    def above_lowest(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        hook.remove()
-        if inputs[0].requires_grad:
-            inputs[0].register_hook(ledger.next_stretch)
-
-    second = [*_layers(model), nn.Identity(), nn.Identity()][1]
-    hook = second.register_forward_pre_hook(above_lowest)
-    ids = torch.zeros(shape, dtype=torch.long, device="meta")
+    _mark_second_layer(model, ledger)
     with ExitStack() as stack:
-        if dtype != torch.float32:  # torch has no autocast for the meta device
-            stack.enter_context(mock.patch.object(nn.functional, "linear", autocast_linear))
+        if dtype != torch.float32:
+            stack.enter_context(_Autocast(dtype))
             torch.set_autocast_enabled("cuda", True)  # for code that asks, such as PEFT's 4-bit layers
             stack.callback(torch.set_autocast_enabled, "cuda", False)
+        ids = torch.zeros(shape, dtype=torch.long, device="meta")  # outside the ledger: the batch is not counted
         stack.enter_context(ledger)
-        if padded:
-            mask = torch.ones(shape[0], 1, shape[1], shape[1], dtype=torch.bool, device="meta")
+        mask = torch.ones(batch_size, 1, length, length, dtype=torch.bool, device="meta") if padded else None
+        _use_fused_attention(model, dtype, mask)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         kept = ledger.now["activations"]
         ledger.next_stretch()
         loss.backward()
         ledger.next_stretch()
         update()
-    while len(ledger.peaks) < 4:
+    while len(ledger.peaks) < len(STRETCHES):
         ledger.next_stretch()
     whole = {"gradients": _bytes(p.grad for p in trainable), "activations": kept, "logits": ledger.most_logits}
-    return np.array([[(static | row)[part] for part in PARTS] for row in (whole, *ledger.peaks)])
+    rows = [static | moment for moment in (whole, *ledger.peaks)]
+    return pd.DataFrame(rows, index=["kept", *STRETCHES], columns=list(PARTS))

@@ -41,24 +41,19 @@ def load_base(
         device: where to put it. Default: the hardware profile's.
 
     Returns:
-        The model, in eval mode, as transformers loads it. One thing is added to a 4-bit model: it can be trained after
-        it has been used in eval mode, which bitsandbytes by itself prevents on some CPUs.
+        The model, in eval mode. A 4-bit model can also be trained after it has been used in eval mode, which
+        bitsandbytes by itself prevents on some CPUs.
 
     Raises:
-        ValueError: `quantization` is not one of the above.
         RuntimeError: "smollm2-135m" is not in the cache and cannot be fetched.
-        OSError: no such model, or it has no safetensors weights (from transformers).
+        OSError: no such model, or it has no safetensors weights.
     """
     hardware = profile()
     dtype = dtype or hardware.dtype
     device = torch.device(device or hardware.device)
     if quantization == "nf4":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=hardware.dtype,
-        )
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        quantization = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=hardware.dtype)
     elif quantization is not None and not isinstance(quantization, BitsAndBytesConfig):
         raise ValueError(f'quantization={quantization!r}: expected None, "nf4" or a BitsAndBytesConfig')
     options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
@@ -79,8 +74,7 @@ def load_base(
 def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
     """Load the tokenizer of a base model; the names are those of `load_base`.
 
-    Where a tokenizer has no padding token, its EOS token is used. That is safe with `helpers.data`, which masks padding
-    by position and keeps the EOS as a label.
+    Where a tokenizer has no padding token, its EOS is used. That is safe with labels that mask padding by position.
     """
     tokenizer = AutoTokenizer.from_pretrained(_source(name), trust_remote_code=False)
     if tokenizer.pad_token is None:
@@ -91,9 +85,7 @@ def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
 def enable_checkpointing(model: nn.Module, **options: object) -> None:
     """Turn on gradient checkpointing: store each layer's input only and recompute the layer in the backward pass.
 
-    Args:
-        model: a transformers model, with or without PEFT; changed in place.
-        **options: of `torch.utils.checkpoint.checkpoint`, such as use_reentrant.
+    `model` is a transformers model, with or without PEFT; `options` are those of `torch.utils.checkpoint.checkpoint`.
     """
     # The method has its new name since transformers 5.23.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -103,9 +95,8 @@ def enable_checkpointing(model: nn.Module, **options: object) -> None:
 def _never_repack(model: PreTrainedModel) -> None:
     """Have bitsandbytes (0.49 and newer) leave 4-bit weights as they are.
 
-    On a CPU with AVX512-BF16 its `Linear4bit` in eval mode repacks its weights in place, for faster inference in bf16,
-    and rounds their block scales to bf16. The packed format has no backward pass: training that follows an evaluation
-    gets no gradient through these layers. Calling `state_dict()` unpacks them, but the scales stay rounded.
+    On a CPU with AVX512-BF16 its `Linear4bit` in eval mode repacks its weights in place for inference, and rounds their
+    block scales to bf16. The packed format has no backward pass: training after an evaluation gets no gradient there.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -24,61 +24,44 @@ class NF4Tensor:
     """A weight in NF4.
 
     Blocks are cut from the flattened weight, so they run on from one row into the next; the last one may be shorter.
-
-    Attributes:
-        codes: (weights,) uint8, the index 0 to 15 into the codebook of each weight of the flattened tensor.
-        absmax: (blocks,) float32, the largest absolute value of each block.
-        shape: of the weight.
-        dtype: of the weight.
-        block_size: weights in a block.
     """
 
-    codes: torch.Tensor
-    absmax: torch.Tensor
-    shape: torch.Size
-    dtype: torch.dtype
-    block_size: int
+    codes: torch.Tensor  # (weights,) uint8: the index 0 to 15 into the codebook, of the flattened weight
+    absmax: torch.Tensor  # (blocks,) float32: the largest absolute value of each block
+    shape: torch.Size  # of the weight
+    dtype: torch.dtype  # of the weight
+    block_size: int  # weights in a block
 
     def packed(self) -> torch.Tensor:
-        """Return the codes two to a byte, uint8 of shape (ceil(weights / 2), 1), as bitsandbytes stores them.
-
-        The first of two is in the high four bits. If one is left over, the low four bits hold 7, the code of zero.
-        """
-        codes = torch.nn.functional.pad(self.codes, (0, len(self.codes) % 2), value=7)
-        return (codes[::2] << 4 | codes[1::2])[:, None]
+        """Return the codes two to a byte, uint8 of shape (ceil(weights / 2), 1), as bitsandbytes stores them."""
+        codes = torch.nn.functional.pad(self.codes, (0, len(self.codes) % 2), value=7)  # 7 is the code of zero
+        return (codes[::2] << 4 | codes[1::2])[:, None]  # the first of two in the high four bits
 
 
 @dataclass(frozen=True, eq=False)
 class DoubleQuantized:
-    """The absmax of a weight's blocks, quantized to 8 bits in blocks of their own.
+    """The absmax of a weight's blocks, quantized to 8 bits in blocks of their own."""
 
-    Attributes:
-        codes: (values,) uint8, the index into the 8-bit codebook, `bitsandbytes.functional.create_dynamic_map()`.
-        absmax: (blocks,) float32, the largest absolute value of each block, after `offset` is subtracted.
-        offset: a float32 tensor with one number, the mean of the values.
-        block_size: values in a block.
-    """
-
-    codes: torch.Tensor
-    absmax: torch.Tensor
-    offset: torch.Tensor
-    block_size: int
+    codes: torch.Tensor  # (values,) uint8: the index into `bitsandbytes.functional.create_dynamic_map()`
+    absmax: torch.Tensor  # (blocks,) float32: the largest absolute value of each block, less `offset`
+    offset: torch.Tensor  # () float32: the mean of the values
+    block_size: int  # values in a block
 
 
 def nf4_codebook() -> torch.Tensor:
     """Return NF4's 16 values, float32, rising from -1 to 1, with an exact 0 at index 7.
 
-    They are quantiles of the standard normal distribution, divided by the largest: 8 above zero, for probabilities in
-    equal steps from 1/2 to `LAST_PROBABILITY`, and 7 below, mirrored and with wider steps. The construction is that of
-    `bitsandbytes.functional.create_normal_map()`, and so are the roundings to float32: without them the values differ
-    in the last digit.
+    The construction is that of `bitsandbytes.functional.create_normal_map()`, and so are the roundings to float32:
+    without them the values differ in the last digit.
     """
-    quantile = NormalDist().inv_cdf
+    quantile = NormalDist().inv_cdf  # of the standard normal distribution
     start = _as_float32(LAST_PROBABILITY)
 
     def positive(count: int) -> list[float]:
+        # Probabilities in `count` equal steps from LAST_PROBABILITY down to 1/2, which itself (quantile 0) is left out.
         return [quantile(_as_float32(start + (0.5 - start) * i / count)) for i in range(count)]
 
+    # 7 below zero, mirrored and with wider steps; zero; 8 above.
     values = torch.tensor([-q for q in positive(7)] + [0.0] + positive(8)[::-1], dtype=torch.float32)
     return values / values.max()
 
@@ -86,16 +69,9 @@ def nf4_codebook() -> torch.Tensor:
 def quantize_nf4(weight: torch.Tensor, block_size: int = 64) -> NF4Tensor:
     """Quantize to NF4: divide each block by its largest absolute value, and take the nearest value of the codebook.
 
-    In code, n_i = x_i / absmax, computed in float32, and c_i = the number of midpoints between neighbouring codebook
-    values that lie below n_i, so a tie goes down.
-
     Args:
-        weight: float32, bfloat16 or float16, of any shape.
+        weight: float32, bfloat16 or float16, of any shape, finite.
         block_size: weights in a block; bitsandbytes takes powers of two from 32 to 4096.
-
-    Raises:
-        TypeError: another dtype; bitsandbytes does not take it either.
-        ValueError: `weight` holds NaN or inf, or `block_size` is below 1.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"weight is {weight.dtype}: NF4 takes float32, bfloat16 or float16; convert with .float()")
@@ -115,20 +91,16 @@ def double_quantize(absmax: torch.Tensor, block_size: int = 256) -> DoubleQuanti
     """Quantize the absmax of a weight's blocks: subtract their mean, then 8 bits in blocks of 256 (QLoRA, section 3).
 
     As in `bitsandbytes.functional.quantize_4bit(compress_statistics=True)`, with one difference: here each value gets
-    its nearest code. bitsandbytes' CPU kernel first rounds the value, as a part of its block's largest, to one of
-    65,536 evenly spaced values from -1 to 1 and looks that up, so its code can differ where a value lies within half
-    a step of a midpoint. That is rare except very close to zero.
+    its nearest code. bitsandbytes' CPU kernel first rounds the value to one of 65,536 evenly spaced ones and looks
+    that up, so its code can differ close to a midpoint.
 
     Args:
-        absmax: (values,) float32, such as `NF4Tensor.absmax`.
+        absmax: (values,) float32, such as `NF4Tensor.absmax`; at least one, all finite.
         block_size: values in a block.
-
-    Raises:
-        ValueError: `absmax` is empty or holds NaN or inf, or `block_size` is below 1.
     """
     if absmax.numel() == 0:
         raise ValueError("absmax is empty: there is nothing to quantize")
-    offset = absmax.mean()
+    offset = absmax.mean()  # all absmax are positive: less their mean, they use both signs of the code
     codes, nested = _quantize_blocks(absmax - offset, "absmax", create_dynamic_map(), block_size)
     return DoubleQuantized(codes, nested, offset, block_size)
 
@@ -141,14 +113,12 @@ def double_dequantize(d: DoubleQuantized) -> torch.Tensor:
 def bits_per_parameter(block_size: int = 64, double_quant: bool = False, nested_block_size: int = 256) -> float:
     """Return the bits that a weight takes in NF4: 4 for its code, and its share of the block's absmax.
 
-    An absmax takes 32 bits, or with double quantization 8 and its share of the 32 of the outer block (QLoRA, section
-    3: 4 + 8/64 + 32/(64 * 256) = 4.127). What is stored once for a whole tensor, such as the mean, is left out.
-
-    Raises:
-        ValueError: a block size is below 1.
+    What is stored once for a whole tensor, such as the mean, is left out.
     """
     _check_block_size(block_size)
     _check_block_size(nested_block_size, "nested_block_size")
+    # An absmax takes 32 bits; with double quantization 8, and its share of the 32 of its outer block. QLoRA, section 3:
+    # 4 + 8/64 + 32/(64 * 256) = 4.127.
     absmax_bits = 8 + 32 / nested_block_size if double_quant else 32
     return 4 + absmax_bits / block_size
 
@@ -158,16 +128,16 @@ def _quantize_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the codes, (values,) uint8, and the largest absolute values, (blocks,) float32, of the flattened tensor.
 
-    To the last bit as in bitsandbytes' reference kernels `quantize_4bit` and `quantize_blockwise`: those multiply a
-    full block by 1 / absmax, but divide a shorter one by absmax, and do not let that absmax be below SMALLEST_ABSMAX.
+    To the last bit as in bitsandbytes' reference kernels `quantize_4bit` and `quantize_blockwise`.
     """
     _check_block_size(block_size)
     flat = values.detach().reshape(-1).float()
     if not torch.isfinite(flat).all():
         raise ValueError(f"{name} holds NaN or inf, and one of them spoils its block; find out where it comes from")
     full = len(flat) // block_size * block_size
-    blocks, tail = flat[:full].view(-1, block_size), flat[full:]
+    blocks, tail = flat[:full].view(-1, block_size), flat[full:]  # (full blocks, block_size), (rest,)
     absmax = blocks.abs().amax(dim=1)
+    # n_i = x_i / absmax in [-1, 1]. A full block is multiplied by 1 / absmax there, and a shorter one divided.
     scaled = (blocks * (1 / absmax.clamp(min=SMALLEST_ABSMAX))[:, None]).flatten()
     if len(tail):
         tail_absmax = tail.abs().amax().clamp(min=SMALLEST_ABSMAX)
@@ -175,13 +145,14 @@ def _quantize_blocks(
         scaled = torch.cat([scaled, tail / tail_absmax])
     codebook = codebook.to(flat.device)
     midpoints = (codebook[:-1] + codebook[1:]) / 2
+    # The nearest value: c_i = the number of midpoints below n_i, so a tie goes down.
     return torch.bucketize(scaled, midpoints).to(torch.uint8), absmax
 
 
 def _dequantize_blocks(
     codes: torch.Tensor, absmax: torch.Tensor, codebook: torch.Tensor, block_size: int
 ) -> torch.Tensor:
-    scale = absmax.repeat_interleave(block_size)[: len(codes)]
+    scale = absmax.repeat_interleave(block_size)[: len(codes)]  # (values,): each block's absmax for its values
     return codebook.to(codes.device)[codes.long()] * scale
 
 

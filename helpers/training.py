@@ -24,15 +24,7 @@ def training_arguments(output_dir: str | Path, **overrides: object) -> TrainingA
 
     The defaults are a LoRA learning rate of 1e-3 with a cosine schedule and a short warm-up, batches of 8 rows, mixed
     precision where the hardware profile's dtype asks for it, a log line every 5 steps, no checkpoints and no reports to
-    other services.
-
-    Args:
-        output_dir: where checkpoints and logs go.
-        **overrides: any field of TrainingArguments; it replaces the default. `report_to="tensorboard"` logs to
-            TensorBoard.
-
-    Raises:
-        TypeError: an override is no field of TrainingArguments.
+    other services. `overrides` are any fields of TrainingArguments.
     """
     sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 64}
     return TrainingArguments(**({"output_dir": str(output_dir)} | sizes | default_settings() | overrides))
@@ -71,11 +63,10 @@ def build_trainer(
     """Return a `transformers.Trainer` over encoded rows, which prints a line for each log entry.
 
     Args:
-        model: the model to train, usually from `peft.get_peft_model`.
+        model: usually from `peft.get_peft_model`.
         arguments: from `training_arguments`.
         tokenizer: saved beside the checkpoints; its padding token fills the batches.
-        train_dataset: rows from `helpers.data.encode`: the loss is taken where `labels` is not -100.
-        eval_dataset: the same for evaluation; it is used when `eval_strategy` is set.
+        train_dataset, eval_dataset: rows from `helpers.data.encode`: the loss is taken where `labels` is not -100.
         **options: further arguments of Trainer, such as `callbacks` or `compute_metrics`.
     """
     trainer = Trainer(

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from helpers.data import IGNORE_INDEX
 from helpers.diagnose import Finding, diagnose
+from helpers.loss import label_tokens
 
 import numpy as np
 import torch
@@ -37,27 +37,21 @@ STUCK = 0.1  # the share of its entries that may not have
 class DiagnosticsCallback(TrainerCallback):
     """Watch a run of the Trainer for faults that raise no error; pass it as `Trainer(callbacks=[…])`.
 
-    It stops a run with FloatingPointError, before the update and before anything is saved, when
-        the loss of a micro-batch is not finite (the Trainer's log leaves it out, and shows 0 if none remains), or
-        a gradient is not finite: the first in the backward pass is named, before clipping spreads it to all, or
-        an update has made a weight inf or NaN, and it would now be saved.
-    The messages name the update and the parameter and, but for the last, the micro-batch and its rows in the data.
+    It stops a run with FloatingPointError, before the update and before anything is saved, when the loss of a
+    micro-batch or a gradient is not finite (the first in the backward pass is named, before clipping spreads it to
+    all), or an update has made a weight inf or NaN, and it would now be saved.
 
     It warns, and keeps in `findings`, what `helpers.diagnose.diagnose` finds in the model, the optimizer and the first
     rows before the first step, and these of its own:
-        settings-ignored         a resumed run uses the learning rate or the weight decay of the checkpoint, or
-                                 another scale (lora_alpha, use_rslora; another r does not load) than the checkpoint
-        adapter-not-moving       after ten updates, more than a tenth of the adapter's entries that had a gradient are
-                                 bit by bit what they were
-        worse-than-guessing      the logged loss started below ln(vocabulary size), that of a uniform guess, and is
-                                 above it
-        evaluated-in-train-mode  the model was called without gradients while its dropout was active
-        evaluation-leak          rows of the evaluation data, token by token, are in the training data
+        settings-ignored: a resumed run uses the checkpoint's learning rate or weight decay, or another lora_alpha
+        adapter-not-moving: after ten updates, a tenth of the adapter's entries that had a gradient are what they were
+        worse-than-guessing: the logged loss began below ln(vocabulary size), that of a uniform guess, and is above it
+        evaluated-in-train-mode: the model was called without gradients while its dropout was active
+        evaluation-leak: rows of the evaluation data, token by token, are in the training data
 
     Training is not changed: the weights are bit by bit those of a run without it. It costs one forward and backward
-    pass before the first step, a copy of the adapter for ten updates, and a look at each gradient. With fp16 on CUDA,
-    GradScaler skips a step whose gradients are infinite, so they are left to it. A loss that is not the model's own
-    (label smoothing, `compute_loss_func`) is not seen, its gradients are.
+    pass before the first step, a copy of the adapter for ten updates, and a look at each gradient. A loss that is not
+    the model's own (label smoothing, `compute_loss_func`) is not seen, its gradients are.
     """
 
     def __init__(self) -> None:
@@ -95,6 +89,7 @@ class DiagnosticsCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         finite, self._finite = self._finite, {}
+        # With fp16 on CUDA, GradScaler skips a step whose gradients are infinite: they are left to it.
         broken = [] if self._scaled else [name for name, value in finite.items() if not value]
         if broken:
             first = f"{broken[0]} is not finite, the first of {len(broken)} in the backward pass, of {len(finite)}"
@@ -158,7 +153,7 @@ class DiagnosticsCallback(TrainerCallback):
             return
         labels = kwargs.get("labels")
         broken = _not_finite(model)
-        if labels is not None and not (labels[:, 1:] != IGNORE_INDEX).any():
+        if labels is not None and not label_tokens(labels):
             why = "no label counts in it; see that truncation and masking leave part of each completion"
         elif broken:
             where = f"{len(broken)} parameters hold inf or NaN since the last update, the first is {broken[0]}"

@@ -28,10 +28,6 @@ def explore(
         values: for each parameter, the values its slider steps through, numbers or words.
         start: for each parameter, the value to start with; one of `values`.
         labels: what to write beside a slider; the parameter's name by default.
-        figsize: in inches.
-
-    Raises:
-        ValueError: `start` does not name the parameters of `values`, or a value that is not among them.
     """
     if start.keys() != values.keys():
         raise ValueError(f"start names {', '.join(start)}, and values {', '.join(values)}: name the same parameters")
@@ -85,10 +81,7 @@ def quiz(question: str, answers: Mapping[str, str], right: int) -> ipywidgets.VB
     Args:
         question: shown above the buttons.
         answers: each answer with its feedback: what speaks for it or against it.
-        right: the position of the right answer in `answers`.
-
-    Raises:
-        ValueError: there are fewer than two answers, or `right` is not the position of one.
+        right: the position of the right one.
     """
     if len(answers) < 2 or not 0 <= right < len(answers):
         raise ValueError(f"right={right} with {len(answers)} answers: give two or more, and the right one's position")

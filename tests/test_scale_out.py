@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from helpers import finetune
+import helpers
 
 import nbformat
 import pytest
@@ -20,7 +20,7 @@ from exercises import exercise_functions
 from torch.distributed.fsdp import StateDictType
 from torch.utils.data import BatchSampler
 
-CONFIGS = Path(finetune.__file__).parent / "assets" / "accelerate"
+CONFIGS = Path(helpers.__file__).parent / "assets" / "accelerate"
 NAMES = ("ddp", "fsdp2", "zero2", "zero3")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "11_scale_out.ipynb"
 MORE = "--num_machines 8 --num_processes 64 --machine_rank 3 --main_process_ip 10.0.0.1 --main_process_port 29500"

@@ -18,6 +18,7 @@ from typing import Any
 
 from helpers import data, evaluation, models, training
 from helpers.hardware import profile
+from helpers.loss import token_loss_sum
 
 import pandas as pd
 import torch
@@ -159,10 +160,30 @@ def train_once(run: Run) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def text_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
+    """Return the mean negative log-likelihood per token of plain texts, in nats, each between two EOS.
+
+    The texts are scored one at a time. The model's train or eval mode is restored.
+    """
+    total, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        for text in texts:
+            ids = [tokenizer.eos_token_id, *tokenizer(text).input_ids, tokenizer.eos_token_id]
+            batch = {"input_ids": torch.tensor([ids], device=model.device)}  # (1, tokens)
+            total += token_loss_sum(model, batch | {"labels": batch["input_ids"]}).item()
+            tokens += len(ids) - 1  # nothing predicts the first
+    finally:
+        model.train(was_training)
+    return total / tokens
+
+
 def base_text_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float | None:
     """Return tiny's loss in nats per token on 100 documents of held-out pretraining text; None if it is not finite."""
     lines = (RESULTS / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
-    return _rounded(evaluation.text_loss(model, tokenizer, [json.loads(line) for line in lines]))
+    return _rounded(text_loss(model, tokenizer, [json.loads(line) for line in lines]))
 
 
 def _rounded(loss: float, digits: int = 6) -> float | None:

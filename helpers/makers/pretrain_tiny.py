@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from helpers.evaluation import text_loss
+from helpers.labs.learning_rate import text_loss
 from helpers.makers.small_world import HELD_OUT_SEED, documents
 
 import torch
@@ -99,6 +99,28 @@ def held_out_perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerF
     return math.exp(text_loss(model, tokenizer, list(itertools.islice(documents(HELD_OUT_SEED), count))))
 
 
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> list[dict[str, float]]:
+    """Train with AdamW and a cosine schedule, and return the mean loss of every 50 steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+    schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP_STEPS, steps)
+    curve: list[dict[str, float]] = []
+    running: list[float] = []
+    started = time.perf_counter()
+    for step, input_ids in enumerate(itertools.islice(batches(tokenizer, SEED), steps), start=1):
+        loss = model(input_ids=input_ids, labels=input_ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        running.append(loss.item())
+        if step % 50 == 0 or step == steps:
+            curve.append({"step": step, "loss": round(sum(running) / len(running), 4)})
+            running = []
+            print(f"step {step:5d}  loss {curve[-1]['loss']:.3f}  {time.perf_counter() - started:.0f} s", flush=True)
+    return curve
+
+
 def main() -> None:
     """Run the recipe from the command line."""
     parser = argparse.ArgumentParser(description="Pretrain the tiny base model and write its folder.")
@@ -114,22 +136,8 @@ def main() -> None:
         f"{sum(p.numel() for p in model.parameters()):,} parameters; untrained perplexity {untrained:.1f}", flush=True
     )
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
-    schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP_STEPS, arguments.steps)
-    curve, running, started = [], [], time.perf_counter()
-    for step, input_ids in enumerate(itertools.islice(batches(tokenizer, SEED), arguments.steps), start=1):
-        loss = model(input_ids=input_ids, labels=input_ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        running.append(loss.item())
-        if step % 50 == 0 or step == arguments.steps:
-            curve.append({"step": step, "loss": round(sum(running) / len(running), 4)})
-            running = []
-            print(f"step {step:5d}  loss {curve[-1]['loss']:.3f}  {time.perf_counter() - started:.0f} s", flush=True)
-
+    started = time.perf_counter()
+    curve = train(model, tokenizer, arguments.steps)
     perplexity = held_out_perplexity(model, tokenizer)
     arguments.output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(arguments.output)
