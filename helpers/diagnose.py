@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-# One half of an adapter: lora_A or lora_B of a linear layer, lora_embedding_A or …_B of an embedding.
+# One half of an adapter: lora_A or lora_B, or lora_embedding_A or …_B of an embedding.
 HALF = re.compile(r"\b(lora_(?:embedding_)?)([AB])\b")
 
 
@@ -55,10 +55,10 @@ class Finding(NamedTuple):
 def gradient_report(model: nn.Module) -> pd.DataFrame:
     """Return a table of the model's parameters and the gradients that they hold now.
 
-    It has one row per parameter, in the model's order (tied parameters once), with the columns `name`; `requires_grad`;
-    `state`, which is "frozen" (it takes no gradient), "no gradient" (`.grad` is None), "zero" (every entry is zero),
-    "non-finite" (an entry is inf or NaN) or "ok"; and `norm`, the Euclidean norm of the gradient, NaN where there is
-    none.
+    It has one row per parameter, in the model's order (tied parameters once), with the columns
+    `name`; `requires_grad`; `state`, which is "frozen" (it takes no gradient), "no gradient"
+    (`.grad` is None), "zero" (every entry is zero), "non-finite" (an entry is inf or NaN) or "ok";
+    and `norm`, the Euclidean norm of the gradient, NaN where there is none.
     """
     rows = []
     for name, parameter in model.named_parameters():
@@ -76,17 +76,18 @@ def diagnose(
 ) -> list[Finding]:
     """Look for faults that raise no error and leave a run training badly, or not at all. An empty list is good news.
 
-    Each fault has a function below, whose docstring says when it is one. Looked at are always the model; the optimizer
-    and the batch where they are given; and the gradients: with a batch those of its loss, without one those found in
-    `.grad` if any is not zero.
+    Each fault has a function below, whose docstring says when it is one. Looked at are always the
+    model; the optimizer and the batch where they are given; and the gradients: with a batch those
+    of its loss, without one those found in `.grad` if any is not zero.
 
-    The batch takes one forward and one backward pass in train mode, as training will, with the loss of the model; call
-    it inside the `torch.autocast` of your loop if it has one. Afterwards all is as it was, modes, buffers and torch's
-    random state included. (Hooks that you registered on parameters do run.)
+    The batch takes one forward and one backward pass in train mode, as training will, with the loss
+    of the model; call it inside the `torch.autocast` of your loop if it has one. Afterwards all is
+    as it was, modes, buffers and torch's random state included. (Hooks that you registered on
+    parameters do run.)
 
     Args:
-        model: a transformers model, plain, with PEFT adapters or with `helpers.lora.LoRALinear` layers. A parameter
-            belongs to an adapter if a part of its name starts with "lora_".
+        model: a transformers model, plain, with PEFT adapters or with `helpers.lora.LoRALinear`
+            layers. A parameter belongs to an adapter if a part of its name starts with "lora_".
         batch: input_ids, labels (batch, T; -100 where there is none) and what else the model takes.
         optimizer: the one that will step.
     """
@@ -125,7 +126,8 @@ class Run:
         return {name: _state(p) for name, p in self.parameters.items()}
 
 
-# One function per finding: its name is the code, it returns the message or None. A tuple below and REMEDIES list it.
+# One function per finding: its name is the code, it returns the message or None. A tuple below and
+# REMEDIES list it.
 
 
 def no_trainable_parameters(run: Run) -> str | None:
@@ -186,8 +188,8 @@ def not_in_optimizer(run: Run) -> str | None:
 def lr_zero(run: Run) -> str | None:
     """The learning rate of trainable parameters is 0.
 
-    A schedule may start or end there. So where a scheduler has set `initial_lr` above 0, it counts only if lora_B is
-    still exactly zero after two steps: the scheduler is never stepped.
+    A schedule may start or end there. So where a scheduler has set `initial_lr` above 0, it counts
+    only if lora_B is still exactly zero after two steps: the scheduler is never stepped.
     """
     trainable = {run.parameters[name]: name for name in run.trainable}
     still: list[str] = []
@@ -203,7 +205,8 @@ def lr_zero(run: Run) -> str | None:
 def leftover_gradients(run: Run) -> str | None:
     """Gradients of an earlier backward pass would be added to this one's.
 
-    A zero tensor on a trainable parameter does no harm; on a frozen one it lets weight decay move it.
+    A zero tensor on a trainable parameter does no harm; on a frozen one it lets weight decay move
+    it.
     """
     held = {name: p for name, p in run.parameters.items() if p.grad is not None}
     leftover = [name for name, p in held.items() if p.grad.any() or not p.requires_grad]
@@ -221,8 +224,8 @@ def no_labels(run: Run) -> str | None:
 def eos_not_learned(run: Run) -> str | None:
     """An EOS directly follows a label, but no EOS in the batch is a label: the model does not learn to stop.
 
-    EOS is what the model's config or generation config says. Padding (attention mask 0) and an EOS inside a prompt do
-    not count, nor do rows without one.
+    EOS is what the model's config or generation config says. Padding (attention mask 0) and an EOS
+    inside a prompt do not count, nor do rows without one.
     """
     labels, ids, mask = (run.batch.get(key) for key in ("labels", "input_ids", "attention_mask"))  # each (batch, T)
     eos = torch.tensor(sorted(_eos_ids(run.model)))
@@ -245,8 +248,8 @@ def no_gradient(run: Run) -> str | None:
 def zero_gradient(run: Run) -> str | None:
     """The gradient is exactly zero.
 
-    Expected for lora_A while lora_B is zero, as at the default init (LoRA, section 4.1): dL/dA = scaling * B^T G x^T,
-    where G = dL/dh. So one half of an adapter may wait for the other; but not if both are zero.
+    Expected for lora_A while lora_B is zero, as at the default init (LoRA, section 4.1), since
+    dL/dA = scaling * B^T (dL/dh) x^T: one half may wait for the other, but not if both are zero.
     """
     zero = [name for name, state in run.gradients.items() if state == "zero"]
     zero = [name for name in zero if not _waits_for_partner(name, run.parameters)]

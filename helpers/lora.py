@@ -1,7 +1,8 @@
 """LoRA from scratch: the layer, putting it into a model, counting its parameters.
 
-It does what PEFT does with `LoraConfig(r, lora_alpha, target_modules, lora_dropout, use_rslora)` on `nn.Linear`
-layers, and the tests hold it to that: same outputs, gradients, merged weights, targets and counts.
+It does what PEFT does with `LoraConfig(r, lora_alpha, target_modules, lora_dropout, use_rslora)` on
+`nn.Linear` layers, and the tests hold it to that: same outputs, gradients, merged weights, targets
+and counts.
 """
 
 from __future__ import annotations
@@ -41,16 +42,17 @@ class LoRALinear(nn.Module):
             raise ValueError(f"lora_dropout={lora_dropout}: it is a share of the inputs; choose 0 <= lora_dropout < 1")
         self.base_layer = base.requires_grad_(False)  # W_0: (out, in)
         self.r, self.lora_alpha = r, lora_alpha
-        # alpha / r as in section 4.1 of the paper. With alpha / sqrt(r) the size of the update does not shrink as r
-        # grows (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).
+        # alpha / r as in section 4.1 of the paper. With alpha / sqrt(r) the size of the update does
+        # not shrink as r grows (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).
         self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
         self.lora_dropout = nn.Dropout(lora_dropout)
-        # float32 on a base of 16 bits or less, since small steps are lost in bfloat16 (PEFT: autocast_adapter_dtype).
+        # float32 on a base of 16 bits or less, since small steps are lost in bfloat16 (PEFT:
+        # autocast_adapter_dtype).
         dtype, device = torch.promote_types(base.weight.dtype, torch.float32), base.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, dtype=dtype, device=device))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, dtype=dtype, device=device))  # (out, r)
-        # B = 0: the layer starts out equal to its base. A: uniform in +-1/sqrt(in), as in loralib and PEFT; the
-        # paper's text draws it from a Gaussian.
+        # B = 0: the layer starts out equal to its base. A: uniform in +-1/sqrt(in), as in loralib
+        # and PEFT; the paper's text draws it from a Gaussian.
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.train(base.training)  # a new module is in training mode: its dropout would act in an eval-mode model
 
@@ -91,15 +93,15 @@ def inject_lora(
 
     Args:
         model: any module with nn.Linear layers inside.
-        target_modules: names, such as "q_proj" or "layers.0.mlp.up_proj", or "all-linear": every linear layer except
-            the output embedding (lm_head) of a transformers model. PEFT has the same rules (see its
-            `check_target_module_exists`), but also takes a regular expression.
+        target_modules: names, such as "q_proj" or "layers.0.mlp.up_proj", or "all-linear": every
+            linear layer except the output embedding (lm_head) of a transformers model. PEFT has the
+            same rules (see its `check_target_module_exists`), but also takes a regular expression.
         r, lora_alpha, lora_dropout, use_rslora: see `LoRALinear`.
 
     Raises:
-        ValueError: a name matches nothing, or a module that is not an nn.Linear; a target's weight is shared with
-            another module; or the model has LoRA layers already. The model is then unchanged. (PEFT accepts a name
-            that matches nothing if another one matches.)
+        ValueError: a name matches nothing, or a module that is not an nn.Linear; a target's weight
+            is shared with another module; or the model has LoRA layers already. The model is then
+            unchanged. (PEFT accepts a name that matches nothing if another one matches.)
     """
     targets = _find_targets(model, target_modules)
     layers = {name: LoRALinear(linear, r, lora_alpha, lora_dropout, use_rslora) for name, linear in targets.items()}
@@ -112,7 +114,8 @@ def inject_lora(
 def lora_parameter_count(model: nn.Module, target_modules: list[str] | str, r: int) -> int:
     """Return how many parameters `inject_lora` would train (|Theta| of Hu et al. 2021, section 5.1).
 
-    The model is not changed and its weights are not read, so it can be on the meta device, where it takes no memory.
+    The model is not changed and its weights are not read, so it can be on the meta device, where it
+    takes no memory.
     """
     _check_rank(r)
     linears = _find_targets(model, target_modules).values()

@@ -1,7 +1,8 @@
 """The loss of causal-language-model training, and gradient accumulation that equals one large batch.
 
-The usual `(loss / steps).backward()` averages the means of the micro-batches, so a token counts for more where labels
-are few. Here token losses are summed and divided by the label tokens of the window, as the Trainer does.
+The usual `(loss / steps).backward()` averages the means of the micro-batches, so a token counts for
+more where labels are few. Here token losses are summed and divided by the label tokens of the
+window, as the Trainer does.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ def label_tokens(labels: torch.Tensor) -> int:
 def token_loss_sum(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the sum of the losses of a batch's label tokens, in nats: - sum of log p(token at t | tokens before t).
 
-    It is computed from the logits, since transformers' own loss rounds fp64 logits to fp32 and a model may ignore
-    `num_items_in_batch`. A loss that the model adds, such as a router's, is left out.
+    It is computed from the logits, since transformers' own loss rounds fp64 logits to fp32 and a
+    model may ignore `num_items_in_batch`. A loss that the model adds, such as a router's, is left
+    out.
 
     Args:
-        model: a causal language model, plain or with an adapter; its train or eval mode is used as it is.
-        batch: tensors for the model, on its device, and `labels` (batch, T), not shifted, -100 where there is none.
+        model: a causal language model, plain or with an adapter; its train or eval mode is used as
+            it is.
+        batch: tensors for the model, on its device, and `labels` (batch, T), not shifted, -100
+            where there is none.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     targets = batch["labels"][:, 1:]  # (batch, T - 1)
@@ -65,9 +69,10 @@ def accumulated_step(
 ) -> float:
     """Take one optimizer step on a window of micro-batches, as if they were one large batch.
 
-    Loss and gradient equal those of one batch that holds all rows, to rounding, however the rows are split and padded.
-    Three limits: with dropout, the random masks differ; with padding on the left, the first token of a row must not be
-    a label, and the rotary angles are rounded to fp32 also in an fp64 model.
+    Loss and gradient equal those of one batch that holds all rows, to rounding, however the rows
+    are split and padded. Three limits: with dropout, the random masks differ; with padding on the
+    left, the first token of a row must not be a label, and the rotary angles are rounded to fp32
+    also in an fp64 model.
 
     Args:
         model: as for `token_loss_sum`.
@@ -79,7 +84,8 @@ def accumulated_step(
         The window's loss in nats per label token, before the step.
 
     Raises:
-        ValueError: the window has no label token, or a parameter already holds a gradient. Nothing has been changed.
+        ValueError: the window has no label token, or a parameter already holds a gradient. Nothing
+            has been changed.
     """
     micro_batches = list(micro_batches)
     if any("labels" not in batch for batch in micro_batches):
@@ -101,8 +107,8 @@ def accumulated_step(
     device = next(model.parameters()).device
     window_loss = torch.zeros((), device=device)
     for batch in micro_batches:
-        # L = (sum of all token losses) / total. Each micro-batch adds the gradient of its share of L, so that only
-        # one micro-batch's activations are in memory.
+        # L = (sum of all token losses) / total. Each micro-batch adds the gradient of its share of
+        # L, so that only one micro-batch's activations are in memory.
         share = token_loss_sum(model, {key: value.to(device) for key, value in batch.items()}) / total
         share.backward()
         window_loss = window_loss + share.detach().to(device)

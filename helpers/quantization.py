@@ -1,7 +1,8 @@
 """NF4 from scratch: the codebook, block-wise quantization, double quantization, and what they cost in bits.
 
-It does what bitsandbytes does with `quantize_4bit(weight, blocksize, quant_type="nf4")` and `dequantize_4bit`, and the
-tests hold it to that, bit for bit. NF4 is Dettmers et al. 2023 (QLoRA, arXiv:2305.14314), section 3.
+It does what bitsandbytes does with `quantize_4bit(weight, blocksize, quant_type="nf4")` and
+`dequantize_4bit`, and the tests hold it to that, bit for bit. NF4 is Dettmers et al. 2023 (QLoRA,
+arXiv:2305.14314), section 3.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from statistics import NormalDist
 import torch
 from bitsandbytes.functional import create_dynamic_map
 
-# The quantiles start here, and not at 1, whose quantile is infinite: (29/30 + 31/32) / 2, the mean of one half step
-# from the end with 15 and with 16 equal steps (Yoshida 2023, arXiv:2306.06965), to the 7 digits of bitsandbytes.
+# The quantiles start here, and not at 1, whose quantile is infinite: (29/30 + 31/32) / 2, the mean
+# of one half step from the end with 15 and with 16 equal steps (Yoshida 2023, arXiv:2306.06965), to
+# the 7 digits of bitsandbytes.
 LAST_PROBABILITY = 0.9677083
-# bitsandbytes treats a smaller largest value as this one, so that an all-zero block is not divided by zero.
+# bitsandbytes treats a smaller largest value as this one, so that an all-zero block is not divided
+# by zero.
 SMALLEST_ABSMAX = 1e-38
 
 
@@ -23,7 +26,8 @@ SMALLEST_ABSMAX = 1e-38
 class NF4Tensor:
     """A weight in NF4.
 
-    Blocks are cut from the flattened weight, so they run on from one row into the next; the last one may be shorter.
+    Blocks are cut from the flattened weight, so they run on from one row into the next; the last
+    one may be shorter.
     """
 
     codes: torch.Tensor  # (weights,) uint8: the index 0 to 15 into the codebook, of the flattened weight
@@ -51,14 +55,15 @@ class DoubleQuantized:
 def nf4_codebook() -> torch.Tensor:
     """Return NF4's 16 values, float32, rising from -1 to 1, with an exact 0 at index 7.
 
-    The construction is that of `bitsandbytes.functional.create_normal_map()`, and so are the roundings to float32:
-    without them the values differ in the last digit.
+    The construction is that of `bitsandbytes.functional.create_normal_map()`, and so are the
+    roundings to float32: without them the values differ in the last digit.
     """
     quantile = NormalDist().inv_cdf  # of the standard normal distribution
     start = _as_float32(LAST_PROBABILITY)
 
     def positive(count: int) -> list[float]:
-        # Probabilities in `count` equal steps from LAST_PROBABILITY down to 1/2, which itself (quantile 0) is left out.
+        # Probabilities in `count` equal steps from LAST_PROBABILITY down to 1/2, which itself
+        # (quantile 0) is left out.
         return [quantile(_as_float32(start + (0.5 - start) * i / count)) for i in range(count)]
 
     # 7 below zero, mirrored and with wider steps; zero; 8 above.
@@ -82,7 +87,7 @@ def quantize_nf4(weight: torch.Tensor, block_size: int = 64) -> NF4Tensor:
 def dequantize_nf4(q: NF4Tensor) -> torch.Tensor:
     """Return the weight that `q` stands for, codebook[code] * absmax, multiplied in float32 and rounded to its dtype.
 
-    For a weight whose absmax is doubly quantized, pass `dataclasses.replace(q, absmax=double_dequantize(d))`.
+    If its absmax is doubly quantized, pass `dataclasses.replace(q, absmax=double_dequantize(d))`.
     """
     return _dequantize_blocks(q.codes, q.absmax, nf4_codebook(), q.block_size).reshape(q.shape).to(q.dtype)
 
@@ -90,9 +95,9 @@ def dequantize_nf4(q: NF4Tensor) -> torch.Tensor:
 def double_quantize(absmax: torch.Tensor, block_size: int = 256) -> DoubleQuantized:
     """Quantize the absmax of a weight's blocks: subtract their mean, then 8 bits in blocks of 256 (QLoRA, section 3).
 
-    As in `bitsandbytes.functional.quantize_4bit(compress_statistics=True)`, with one difference: here each value gets
-    its nearest code. bitsandbytes' CPU kernel first rounds the value to one of 65,536 evenly spaced ones and looks
-    that up, so its code can differ close to a midpoint.
+    As in `bitsandbytes.functional.quantize_4bit(compress_statistics=True)`, with one difference:
+    here each value gets its nearest code. bitsandbytes' CPU kernel first rounds the value to one of
+    65,536 evenly spaced ones and looks that up, so its code can differ close to a midpoint.
 
     Args:
         absmax: (values,) float32, such as `NF4Tensor.absmax`; at least one, all finite.
@@ -117,8 +122,8 @@ def bits_per_parameter(block_size: int = 64, double_quant: bool = False, nested_
     """
     _check_block_size(block_size)
     _check_block_size(nested_block_size, "nested_block_size")
-    # An absmax takes 32 bits; with double quantization 8, and its share of the 32 of its outer block. QLoRA, section 3:
-    # 4 + 8/64 + 32/(64 * 256) = 4.127.
+    # An absmax takes 32 bits; with double quantization 8, and its share of the 32 of its outer
+    # block. QLoRA, section 3: 4 + 8/64 + 32/(64 * 256) = 4.127.
     absmax_bits = 8 + 32 / nested_block_size if double_quant else 32
     return 4 + absmax_bits / block_size
 
@@ -137,7 +142,8 @@ def _quantize_blocks(
     full = len(flat) // block_size * block_size
     blocks, tail = flat[:full].view(-1, block_size), flat[full:]  # (full blocks, block_size), (rest,)
     absmax = blocks.abs().amax(dim=1)
-    # n_i = x_i / absmax in [-1, 1]. A full block is multiplied by 1 / absmax there, and a shorter one divided.
+    # n_i = x_i / absmax in [-1, 1]. A full block is multiplied by 1 / absmax there, and a shorter
+    # one divided.
     scaled = (blocks * (1 / absmax.clamp(min=SMALLEST_ABSMAX))[:, None]).flatten()
     if len(tail):
         tail_absmax = tail.abs().amax().clamp(min=SMALLEST_ABSMAX)

@@ -1,6 +1,7 @@
 """helpers.widgets: sliders redraw their figure and sentence, a quiz answers, and both print nothing."""
 
-from helpers.widgets import explore, quiz
+from helpers.labs.quiz import quiz
+from helpers.widgets import explore
 
 import ipywidgets
 import matplotlib.pyplot as plt
