@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import bitsandbytes as bnb
@@ -13,7 +13,6 @@ import pandas as pd
 import torch
 from peft import prepare_model_for_kbit_training
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # what torch's documentation of such modes imports
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -132,18 +131,25 @@ class _Ledger(TorchDispatchMode):
         self.peaks.append(dict(self.now))
 
 
-class _Autocast(TorchFunctionMode):
-    """Autocast of linear layers; torch has none for the meta device."""
+@contextmanager
+def _autocast(dtype: torch.dtype) -> Iterator[None]:
+    """Autocast linear layers.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
+    torch has no autocast for the meta device, and its function modes are off while checkpointing
+    recomputes: so the function itself is replaced.
+    """
+    linear = nn.functional.linear
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear:
-            args = [x.to(self.dtype) if isinstance(x, torch.Tensor) else x for x in args]
-            kwargs = {key: x.to(self.dtype) if isinstance(x, torch.Tensor) else x for key, x in (kwargs or {}).items()}
-        return func(*args, **(kwargs or {}))
+    def cast(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return linear(x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype))
+
+    nn.functional.linear = cast
+    torch.set_autocast_enabled("cuda", True)  # for code that asks, such as PEFT's 4-bit layers
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        nn.functional.linear = linear
 
 
 def _use_fused_attention(model: PreTrainedModel, dtype: torch.dtype, mask: torch.Tensor | None) -> None:
@@ -207,9 +213,7 @@ def trace_step(
     _mark_second_layer(model, ledger)
     with ExitStack() as stack:
         if dtype != torch.float32:
-            stack.enter_context(_Autocast(dtype))
-            torch.set_autocast_enabled("cuda", True)  # for code that asks, such as PEFT's 4-bit layers
-            stack.callback(torch.set_autocast_enabled, "cuda", False)
+            stack.enter_context(_autocast(dtype))
         ids = torch.zeros(shape, dtype=torch.long, device="meta")  # outside the ledger: the batch is not counted
         stack.enter_context(ledger)
         mask = torch.ones(batch_size, 1, length, length, dtype=torch.bool, device="meta") if padded else None

@@ -332,9 +332,10 @@ def test_a_model_that_cannot_run_without_data_is_refused():
 
 
 def test_nothing_is_left_behind():
-    config = small_llama(2)
+    config, linear = small_llama(2), nn.functional.linear
     as_it_was = config.to_dict()
     memory.estimate_training_memory(config, r=8, quantization="nf4", batch_size=1, sequence_length=8)
+    assert nn.functional.linear is linear
     assert not torch.is_autocast_enabled("cuda")
     assert {code.device.type for code in bnb.functional.name2qmap.values()} == {"cpu"}  # one without data would stay
     assert config.to_dict() == as_it_was

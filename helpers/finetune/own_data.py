@@ -1,8 +1,7 @@
 """From a file that somebody else wrote to prompts and completions, split without leaks.
 
-`helpers.data.load_jsonl` reads the course's own files. `load_examples` reads yours: JSON Lines with prompts and
-completions or with chat messages, CSV, or rows that `datasets` has loaded. What it cannot read it refuses, with the
-file, the line and a remedy.
+`load_examples` reads JSON Lines with prompts and completions or with chat messages, CSV, or rows that `datasets` has
+loaded. What it cannot read it refuses, with the file, the line and a remedy.
 """
 
 from __future__ import annotations
@@ -197,10 +196,8 @@ def _string(row: Mapping[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _from_chat(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, str]:
-    if tokenizer is None or not tokenizer.chat_template:
-        fault = "a tokenizer" if tokenizer is None else "a chat template, which this tokenizer does not have"
-        raise ValueError(f"{where}: chat messages need {fault}; load that of an instruct model and pass it")
+def _turns(row: Mapping[str, Any], where: str, special_tokens: list[str]) -> list[dict[str, str]]:
+    """Return the messages of a row: user and assistant in turn, after a system message or none."""
     messages = row.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise ValueError(f'{where}: \'messages\' is missing or no list of objects; write [{{"role": …, "content": …}}]')
@@ -212,9 +209,17 @@ def _from_chat(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenize
             f"{where}: the roles are {', '.join(roles)[:200] or 'none'}; expected user and assistant in turn, after a "
             "system message or none, with an assistant's answer at the end"
         )
-    for token in tokenizer.all_special_tokens:
+    for token in special_tokens:
         if any(token in turn["content"] for turn in turns):
             raise ValueError(f"{where}: the text contains {token}, which ends or begins a turn; remove it")
+    return turns
+
+
+def _from_chat(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, str]:
+    if tokenizer is None or not tokenizer.chat_template:
+        fault = "a tokenizer" if tokenizer is None else "a chat template, which this tokenizer does not have"
+        raise ValueError(f"{where}: chat messages need {fault}; load that of an instruct model and pass it")
+    turns = _turns(row, where, tokenizer.all_special_tokens)
     try:
         before = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(turns, tokenize=False)
