@@ -3,7 +3,6 @@
 import math
 import warnings
 
-from helpers import training
 from helpers.labs import clinic
 from helpers.watch import DiagnosticsCallback, LossLines
 
@@ -58,11 +57,6 @@ def poison(model, name, backward, value=float("nan")):
         return torch.full_like(grad, value) if calls[0] == backward else grad
 
     dict(model.named_parameters())[name].register_hook(spoil)
-
-
-def test_training_names_them_both():
-    assert training.DiagnosticsCallback is DiagnosticsCallback
-    assert training.LossLines is LossLines
 
 
 @pytest.mark.parametrize(
