@@ -42,7 +42,7 @@ def test_every_import_is_declared():
 def test_helpers_modules_are_small_and_keep_their_privates():
     for path in (ROOT / "helpers").rglob("*.py"):
         source = path.read_text(encoding="utf-8")
-        assert len(source.splitlines()) <= 280, path.name
+        assert len(source.splitlines()) <= 400, path.name
         assert not re.search(r"from helpers[.\w]* import [^\n]*\b_[a-z]", source), path.name
 
 
