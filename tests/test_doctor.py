@@ -125,7 +125,7 @@ def test_two_packages_that_do_not_work_together_are_named_with_the_remedy(clone,
 
     monkeypatch.setattr("transformers.PreTrainedModel.add_adapter", refuse)
     if not clone:
-        monkeypatch.setattr(doctor_module, "__file__", "/site-packages/helpers/doctor.py")
+        monkeypatch.setattr(doctor_module, "__file__", "/site-packages/helpers/commands/doctor.py")
     assert doctor(only_failures=True) == 1
     [failed, _] = capsys.readouterr().out.splitlines()
     pair = f"transformers {metadata.version('transformers')} and peft {metadata.version('peft')}"

@@ -151,7 +151,7 @@ def _remedy_for_the_pair(error: Exception) -> str:
     if "torchao" in str(error):
         return f"{error} Remedy: `pip uninstall -y torchao`, or `pip install -U torchao`"
     transformers, peft = metadata.version("transformers"), metadata.version("peft")
-    lock = Path(__file__).parents[1] / "constraints.txt"  # in a clone: the versions that were tested
+    lock = Path(__file__).parents[2] / "constraints.txt"  # in a clone: the versions that were tested
     wanted = f'-c "{lock}" transformers peft' if lock.exists() else f'"transformers<{transformers}" "peft>={peft}"'
     return (
         f"transformers {transformers} and peft {peft} do not work together, {type(error).__name__}: {error} "
