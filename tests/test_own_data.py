@@ -1,5 +1,6 @@
 """Reading other people's files, splitting without leaks, and folders that are whole or not there."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -29,13 +30,17 @@ CHATML = (
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
 
 
+def _with_template(template):
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 @pytest.fixture(scope="module")
 def chat_tokenizer():
     """tiny's tokenizer with a ChatML template, whose end of turn is the EOS, as in SmolLM2."""
-    tokenizer = load_tokenizer("tiny")
-    tokenizer.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
-    tokenizer.chat_template = CHATML
-    return tokenizer
+    return _with_template(CHATML)
 
 
 def _file(tmp_path, name, content):
@@ -102,10 +107,7 @@ def _write_chats(tmp_path):
 
 def _check_tokens(path, tokenizer):
     for messages, row, encoded in zip(
-        CONVERSATIONS,
-        load_examples(path, tokenizer),
-        encode(load_examples(path, tokenizer), tokenizer),
-        strict=True,
+        CONVERSATIONS, load_examples(path, tokenizer), encode(load_examples(path, tokenizer), tokenizer), strict=True
     ):
         whole = tokenizer.apply_chat_template(messages, return_dict=False)
         last = len(whole) - whole[::-1].index(tokenizer.eos_token_id)  # after the EOS comes the template's line break
@@ -118,24 +120,16 @@ def _check_tokens(path, tokenizer):
         assert row["completion"] == messages[-1]["content"]
 
 
-def test_chat_tokens_are_those_of_the_template(tmp_path, chat_tokenizer):
-    _check_tokens(_write_chats(tmp_path), chat_tokenizer)
-
-
-def test_chat_tokens_are_those_of_the_template_of_smollm2(tmp_path, smollm2):
-    _check_tokens(_write_chats(tmp_path), load_tokenizer("smollm2-135m"))
+@pytest.mark.parametrize("name", ["tiny", pytest.param("smollm2-135m", marks=pytest.mark.slow)])
+def test_chat_tokens_are_those_of_the_template(name, tmp_path, request):
+    if name != "tiny":
+        request.getfixturevalue("smollm2")
+    _check_tokens(_write_chats(tmp_path), _with_template(CHATML) if name == "tiny" else load_tokenizer(name))
 
 
 def _adds(tokenizer, single):
     tokens = [("<|im_start|>", tokenizer.bos_token_id), ("<|im_end|>", tokenizer.eos_token_id)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=tokens)
-
-
-def _with_template(template):
-    tokenizer = load_tokenizer("tiny")
-    tokenizer.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def test_a_bos_from_template_and_tokenizer_comes_once(tmp_path):
@@ -182,18 +176,14 @@ def _xlsx():
 
 BAD = [  # name, content, the start of the message after the file's name, the remedy
     ("a.jsonl", b"", ": 0 rows", "two are the least"),
-    ("a.jsonl", b"\n \n", ": 0 rows", "two are the least"),
     ("a.jsonl", GOOD, ": 1 rows", "two are the least"),
     ("a.csv", b"prompt,completion\na,b\n", ": 1 rows", "two are the least"),
-    ("a.csv", b"prompt,completion\n", ": 0 rows", "two are the least"),
     ("a.jsonl", GOOD + b'\n{"prompt": "a", "completion":', ", line 3: not valid JSON", "each object on one line"),
     ("a.jsonl", b'{\n"prompt": "a"}', ", line 1: not valid JSON", "each object on one line"),
     ("a.json", b'\n[{"prompt": "a", "completion": "b"}]', ", line 1: a JSON array", "lines=True"),
     ("a.jsonl", GOOD + b'["a", "b"]', ", line 2: list found", "write an object"),
-    ("a.jsonl", GOOD + b"null", ", line 2: NoneType found", "write an object"),
     ("a.jsonl", GOOD + b'{"prompt": "a", "answer": "b"}', ", line 2: 'completion' is missing", "rename the key"),
     ("a.jsonl", b'{"text": "a"}', ", line 1: 'prompt' is missing, found 'text'", 'prompt="question"'),
-    ("a.jsonl", b"{}", ", line 1: 'prompt' is missing, found nothing", "rename the key"),
     ("a.jsonl", GOOD + b'{"prompt": 3, "completion": "b"}', ", line 2: 'prompt' is 3 (int)", "make it a string"),
     ("a.jsonl", b'{"prompt": "a", "completion": {"b": 1}}', ", line 1: 'completion' is {'b': 1} (dict)", "a string"),
     ("a.jsonl", b'{"prompt": "a", "completion": NaN}', ", line 1: 'completion' is nan (float)", "make it a string"),
@@ -210,12 +200,9 @@ BAD = [  # name, content, the start of the message after the file's name, the re
     ("a.jsonl", GOOD.decode().encode("utf-16"), ": is UTF-16", "save it as UTF-8"),
     ("a.jsonl", GOOD + GOOD.decode().encode("utf-16-le"), ", line 2: a zero byte", "save the file as UTF-8"),
     ("a.jsonl", gzip.compress(GOOD), ": is compressed with gzip", "unpack it"),
-    ("a.jsonl.gz", gzip.compress(GOOD), ": is compressed with gzip", "unpack it"),
-    ("a.xlsx", _xlsx(), ": is an Excel workbook", "save the sheet as CSV UTF-8"),
     ("a.csv", _xlsx(), ": is an Excel workbook", "save the sheet as CSV UTF-8"),
     ("a.parquet", b"PAR1\x15\x04", ": is a Parquet file", "load_dataset"),
     ("a.txt", GOOD, ": the ending '.txt' is not known", "expected .jsonl"),
-    ("a", GOOD, ": the ending '' is not known", "expected .jsonl"),
     ("a.csv", b"a,b\n1,2\n", ", line 2: 'prompt' is missing, found 'a', 'b'", "rename the key or column"),
     ("a.csv", b'prompt,completion\n\n"a\nc",b\n"d\ne",\n', ", line 5: 'completion' is empty", "remove the row"),
     ("a.csv", b'prompt,completion\na,b\n"c" d,e\n', ", line 3: broken CSV", "write a quote inside it twice"),
@@ -273,19 +260,16 @@ def test_bad_messages_are_named(tmp_path, chat_tokenizer, messages, message):
 
 def test_two_formats_in_one_file(tmp_path, chat_tokenizer):
     chat = json.dumps({"messages": _chat(("user", "a"), ("assistant", "b"))}).encode()
-    with pytest.raises(ValueError, match=r"line 2: 'messages' is missing"):
-        load_examples(_file(tmp_path, "a.jsonl", chat + b"\n" + GOOD), chat_tokenizer)
-    with pytest.raises(ValueError, match=r"line 2: 'prompt' is missing, found 'messages'"):
-        load_examples(_file(tmp_path, "b.jsonl", GOOD + chat), chat_tokenizer)
-    with pytest.raises(ValueError, match=r"line 1: chat messages need a tokenizer"):
-        load_examples(_file(tmp_path, "c.jsonl", chat))
-
-
-def test_an_end_that_would_be_there_twice(tmp_path, chat_tokenizer):
-    path = _file(tmp_path, "a.jsonl", GOOD + b'{"prompt": "a", "completion": "b<|im_end|>\\n"}')
-    assert len(load_examples(path)) == 2  # without a tokenizer nobody knows
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: it ends with <\|im_end\|>, which encode adds; remove it"):
-        load_examples(path, chat_tokenizer)
+    ends_twice = GOOD + b'{"prompt": "a", "completion": "b<|im_end|>\\n"}'
+    for content, tokenizer, message in (
+        (chat + b"\n" + GOOD, chat_tokenizer, "line 2: 'messages' is missing"),
+        (GOOD + chat, chat_tokenizer, "line 2: 'prompt' is missing, found 'messages'"),
+        (chat, None, "line 1: chat messages need a tokenizer"),
+        (ends_twice, chat_tokenizer, "line 2: it ends with <|im_end|>, which encode adds; remove it"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load_examples(_file(tmp_path, "a.jsonl", content), tokenizer)
+    assert len(load_examples(_file(tmp_path, "a.jsonl", ends_twice))) == 2  # without a tokenizer nobody knows
 
 
 def test_folders_and_missing_files(tmp_path):
@@ -405,6 +389,8 @@ def test_the_sample_has_its_blemishes_and_no_others():
 
 
 def test_a_ticket_says_what_its_mail_says():
+    wordings = [words for group in own_sample.COMPLAINTS.values() for words in group]
+    assert len(set(wordings)) == len(wordings) == 30  # two topics share none
     priorities = Counter()
     for row in own_sample.sample_rows():
         topic, product, number, priority = row["completion"].removeprefix(" ").split(" | ")
@@ -418,32 +404,19 @@ def test_a_ticket_says_what_its_mail_says():
     assert priorities == {True: 214, False: 2}  # the two that were labelled twice
 
 
-def test_the_complaints_of_two_topics_share_no_wording():
-    wordings = [words for group in own_sample.COMPLAINTS.values() for words in group]
-    assert len(set(wordings)) == len(wordings) == 30
-
-
 # folders that are whole
 
 
-def test_a_folder_appears_when_its_block_has_ended(tmp_path):
+def test_a_folder_appears_when_its_block_has_ended_and_not_when_it_raises(tmp_path):
     target = tmp_path / "a" / "adapter"
-    with atomic_folder(target) as folder:
-        (folder / "file").write_text("x", encoding="utf-8")
-        assert not target.exists()
-        assert folder.parent == target.parent
-    assert [path.name for path in tmp_path.rglob("*")] == ["a", "adapter", "file"]
-
-
-def test_a_block_that_raises_leaves_nothing(tmp_path):
-    def interrupted():
-        with atomic_folder(tmp_path / "adapter") as folder:
+    for stop in (KeyboardInterrupt, None):
+        with contextlib.suppress(KeyboardInterrupt), atomic_folder(target) as folder:
             (folder / "file").write_text("x", encoding="utf-8")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert list(tmp_path.iterdir()) == []
+            assert not target.exists()
+            assert folder.parent == target.parent
+            if stop:
+                raise stop
+        assert [path.name for path in tmp_path.rglob("*")] == (["a"] if stop else ["a", "adapter", "file"])
 
 
 def test_nothing_is_overwritten(tmp_path):
