@@ -1,6 +1,5 @@
 """The sample task, encoding and collating."""
 
-import hashlib
 import json
 
 from helpers import data
@@ -8,10 +7,6 @@ from helpers.makers import sample_task
 from helpers.models import load_tokenizer
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import DataCollatorForSeq2Seq
 
 SPLITS = ("train", "validation", "test")
 
@@ -60,11 +55,6 @@ def test_the_stored_rows_are_those_of_the_templates(split):
     assert data.load_commands(split).to_list() == sample_task.sample_rows(split)
 
 
-def test_every_machine_gets_the_same_rows():
-    text = "\n".join(json.dumps(row) for split in SPLITS for row in data.load_commands(split))
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "a5b998a9d39ce2ae"
-
-
 def test_an_unknown_split_is_named():
     with pytest.raises(ValueError, match=r"'dev' does not exist; choose one of train, validation, test"):
         data.load_commands("dev")
@@ -101,21 +91,3 @@ def test_encode_refuses_what_it_cannot_learn_from(tokenizer):
     without_eos.eos_token = None
     with pytest.raises(ValueError, match="no EOS"):
         data.encode(rows, without_eos)
-
-
-@settings(deadline=None, max_examples=50, derandomize=True)
-@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6))
-def test_collator_pads_on_the_right(lengths):
-    tokenizer = load_tokenizer("tiny")
-    rows = [
-        {"input_ids": list(range(2, 2 + n)), "attention_mask": [1] * n, "labels": [-100] * (n - 1) + [7]}
-        for n in lengths
-    ]
-    batch = DataCollatorForSeq2Seq(tokenizer)(rows)
-    for i, n in enumerate(lengths):
-        assert batch["input_ids"][i, :n].tolist() == rows[i]["input_ids"]
-        assert batch["labels"][i, :n].tolist() == rows[i]["labels"]
-        assert (batch["input_ids"][i, n:] == tokenizer.pad_token_id).all()
-        assert (batch["labels"][i, n:] == -100).all()
-        assert batch["attention_mask"][i].tolist() == [1] * n + [0] * (max(lengths) - n)
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
