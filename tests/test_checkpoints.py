@@ -7,14 +7,12 @@ import warnings
 import zipfile
 from pathlib import Path
 
-from helpers import data, training
 from helpers.finetune.checkpoints import IN_PROGRESS, checkpoint_fault, last_complete_checkpoint
-from helpers.models import load_base, load_tokenizer
 
 import pytest
+import shared
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, trainer_jit_checkpoint
+from transformers import trainer_jit_checkpoint
 from transformers.trainer_utils import get_last_checkpoint
 
 FILES = [
@@ -29,13 +27,7 @@ FILES = [
 
 
 def _train(folder, model=None, **settings):
-    if model is None:
-        model = get_peft_model(load_base("tiny"), LoraConfig(r=2, task_type="CAUSAL_LM"))
-    tokenizer = load_tokenizer("tiny")
-    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 1} | settings
-    arguments = training.training_arguments(folder, **settings)
-    rows = data.encode(data.load_commands("train").select(range(2)), tokenizer)
-    training.build_trainer(model, arguments, tokenizer, rows).train()
+    shared.trainer(folder, model, **settings).train()
     return folder
 
 
@@ -66,26 +58,22 @@ def test_it_is_what_transformers_takes_where_all_are_complete(run):
     assert checkpoint_fault(str(run / "checkpoint-2")) is None
 
 
-@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["missing", "empty", "half", "last byte", "zeros"])
-def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(run, name, damage):
-    file = run / "checkpoint-2" / name
-    size = file.stat().st_size
-    if damage == "missing":
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(run, damage):
+    for name in FILES:
+        file = run / "checkpoint-2" / name
+        whole = file.read_bytes()
+        # JSON ends with a line break, without which it is whole. Zeros: as after a power cut.
+        last = len(whole) - (2 if name.endswith(".json") else 1)
+        parts = {"empty": b"", "half": whole[: len(whole) // 2], "last byte": whole[:last], "zeros": bytes(len(whole))}
         file.unlink()
-    elif damage == "zeros":  # as after a power cut
-        file.write_bytes(bytes(size))
-    else:
-        # JSON ends with a line break, without which it is whole.
-        last = size - 2 if name.endswith(".json") else size - 1
-        os.truncate(file, {"empty": 0, "half": size // 2, "last byte": last}[damage])
-    fault = checkpoint_fault(run / "checkpoint-2")
-    if damage != "missing":
-        assert fault == f"{name} breaks off"
-    else:
-        assert fault == f"missing: {name}"
-    assert _found(run) == ("checkpoint-1", [f"{run / 'checkpoint-2'} is passed over: {fault}"])
-    assert get_last_checkpoint(str(run)).endswith("checkpoint-2")
+        if damage in parts:
+            file.write_bytes(parts[damage])
+        fault = checkpoint_fault(run / "checkpoint-2")
+        assert fault == (f"{name} breaks off" if damage in parts else f"missing: {name}")
+        assert _found(run) == ("checkpoint-1", [f"{run / 'checkpoint-2'} is passed over: {fault}"])
+        assert get_last_checkpoint(str(run)).endswith("checkpoint-2")
+        file.write_bytes(whole)
 
 
 def test_files_that_nothing_is_resumed_from_do_not_matter(run):
@@ -141,13 +129,11 @@ def test_no_checkpoint_is_none_and_a_file_is_refused(tmp_path):
 
 def test_a_save_in_progress_is_passed_over(run):
     """transformers' JITCheckpointCallback leaves this mark in a folder until the save has ended."""
-    (run / "checkpoint-2" / "checkpoint-is-incomplete.txt").write_text("", encoding="utf-8")
-    assert _found(run)[0] == "checkpoint-1"
-    assert "checkpoint-is-incomplete.txt" in _found(run)[1][0]
-
-
-def test_the_mark_of_a_save_in_progress_is_transformers_own():
     assert IN_PROGRESS in Path(trainer_jit_checkpoint.__file__).read_text(encoding="utf-8")
+    (run / "checkpoint-2" / IN_PROGRESS).write_text("", encoding="utf-8")
+    found, (said,) = _found(run)
+    assert found == "checkpoint-1"
+    assert IN_PROGRESS in said
 
 
 def test_weights_alone_are_no_checkpoint_to_resume_from(tmp_path):
@@ -165,9 +151,8 @@ def test_rotation_leaves_complete_checkpoints(tmp_path):
 
 
 def test_further_adapters_are_looked_at_too(tmp_path):
-    config = LoraConfig(r=2, task_type="CAUSAL_LM")
-    model = get_peft_model(load_base("tiny"), config)
-    model.add_adapter("second", config)
+    model = shared.adapter()
+    model.add_adapter("second", model.peft_config["default"])
     folder = _train(tmp_path, model)
     second = folder / "checkpoint-2" / "second"
     assert _found(folder) == ("checkpoint-2", [])
@@ -179,15 +164,14 @@ def test_further_adapters_are_looked_at_too(tmp_path):
 
 def test_a_full_model_counts_with_all_of_its_shards(tmp_path):
     """As full fine-tuning saves it; the second checkpoint is split in two by hand, as large models are."""
-    torch.manual_seed(0)
-    small = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=768)
-    folder = _train(tmp_path, LlamaForCausalLM(small))
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 768}
+    folder = _train(tmp_path, shared.llama(**small))
     assert _found(folder) == ("checkpoint-2", [])
     newest = folder / "checkpoint-2"
     (newest / "model.safetensors").unlink()
     assert checkpoint_fault(newest) == "missing: the weights"
     assert not (newest / "adapter_config.json").exists()
-    LlamaForCausalLM(small).save_pretrained(newest, max_shard_size="20KB")
+    shared.llama(**small).save_pretrained(newest, max_shard_size="20KB")
     shards = sorted(path.name for path in newest.glob("model-*.safetensors"))
     assert len(shards) > 1
     assert checkpoint_fault(newest) is None
