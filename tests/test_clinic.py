@@ -53,6 +53,7 @@ def test_there_are_enough_patients_and_each_is_charted():
         assert inspect.getdoc(case.build)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INSIDE)
 def test_the_callback_finds_the_fault_and_nothing_in_the_fixed_run(name, folder):
     assert BY_NAME[name].code in said(name, folder, fixed=False)

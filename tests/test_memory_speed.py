@@ -17,11 +17,12 @@ from helpers.models import TINY, load_base, load_tokenizer
 
 import nbformat
 import pytest
+import shared
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorForSeq2Seq, PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+pytestmark = pytest.mark.slow
 CONFIGS = Path(helpers.__file__).parent / "assets" / "configs"
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "09_memory_and_speed.ipynb"
 # As the model cards on the Hugging Face hub give them for the published safetensors.
@@ -44,15 +45,12 @@ SHAPES = (
 )  # fmt: skip
 
 
-def test_there_is_a_published_count_for_each_configuration():
+def test_parameters_are_as_many_as_published():
     assert {path.stem for path in CONFIGS.iterdir()} == set(PUBLISHED)
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_are_as_many_as_published(name):
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(CONFIGS / f"{name}.json"))
-    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
+    for name, count in PUBLISHED.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(CONFIGS / f"{name}.json"))
+        assert sum(parameter.numel() for parameter in model.parameters()) == count, name
 
 
 def test_the_configuration_of_smollm2_is_the_model_s(smollm2):
@@ -75,15 +73,12 @@ def notebook_s_collator():
 
 @pytest.fixture(scope="module")
 def encoded():
-    rows = data.encode(data.load_commands("train").select(range(40)), load_tokenizer())
-    return [rows[i] for i in range(40)]
+    return list(shared.encoded(40))
 
 
 @pytest.fixture
 def exact():
-    torch.manual_seed(0)
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    return get_peft_model(load_base("tiny", dtype=torch.float64, device="cpu"), lora).double()
+    return shared.adapter(target_modules="all-linear", init_lora_weights=False).double()
 
 
 def loss_and_gradient(model, batch, **options):
@@ -253,15 +248,11 @@ def test_only_whole_groups_of_batches_count():
     assert longest_of_batches[2 * benchmark.GROUP] > group[-1]
 
 
-def test_the_recipes_that_are_compared_train_as_many_parameters():
+def test_the_stored_record_is_complete():
     record = json.loads(benchmark.RECORD.read_text(encoding="utf-8"))
     compared = [recipe for recipe in record["recipes"] if recipe["full_run"]]
     assert len(compared) == 5
     assert len({recipe["adapter_parameters"] for recipe in compared}) == 1
-
-
-def test_the_stored_record_is_complete():
-    record = json.loads(benchmark.RECORD.read_text(encoding="utf-8"))
     names = [recipe["name"] for recipe in record["recipes"]]
     assert names == [recipe.name for recipe in benchmark.RECIPES]
     for recipe, stored in zip(benchmark.RECIPES, record["recipes"], strict=True):

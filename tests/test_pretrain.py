@@ -13,6 +13,7 @@ from helpers.makers.small_world import HELD_OUT_SEED, TASK_KEYS, documents
 
 import pytest
 
+pytestmark = pytest.mark.slow
 SPLITS = ("train", "validation", "test")
 
 

@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import TrainerCallback, set_seed
 
+pytestmark = pytest.mark.slow
 SHORT = replace(LORA, r=4, alpha=8.0, learning_rate=5e-3, batch_size=4, steps=4, warmup=0.25, schedule="linear")
 
 

@@ -17,6 +17,7 @@ from exercises import NOTEBOOKS
 from torch.nn import functional as F
 from transformers import get_scheduler
 
+pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
 LOOPS = ("train_pytorch", "train_accelerate")
 
