@@ -1,5 +1,6 @@
 import copy
 import random
+import re
 from functools import partial
 
 from helpers.data import encode
@@ -11,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from shared import llama, same
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -18,32 +20,12 @@ from transformers import (
     BitsAndBytesConfig,
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
     get_linear_schedule_with_warmup,
 )
 
 EOS = 2
 LAYERS = "base_model.model.model.layers"
-
-
-def llama(dtype=torch.float32, **options):
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        eos_token_id=EOS,
-        **options,
-    )
-    torch.manual_seed(1)
-    return LlamaForCausalLM(config).to(dtype)
 
 
 def lora(**options):
@@ -97,12 +79,8 @@ def nf4(tmp_path_factory):
     """A function that loads a small random model in NF4."""
     folder = tmp_path_factory.mktemp("base")
     llama().save_pretrained(folder)
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
+    settings = {"quant_type": "nf4", "use_double_quant": True, "compute_dtype": torch.float32}
+    config = BitsAndBytesConfig(load_in_4bit=True, **{f"bnb_4bit_{name}": value for name, value in settings.items()})
     return lambda: AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"})
 
 
@@ -133,10 +111,8 @@ def test_report_names_the_state_of_every_parameter():
     assert list(report["name"]) == list(weights)
     report = report.set_index("name")
     assert report["requires_grad"].equals(report["state"] != "frozen")
-    assert report.loc[down, "state"] == "zero"
-    assert report.loc[down, "norm"] == 0
-    assert report.loc[up, "state"] == "ok"
-    assert report.loc[up, "norm"] == pytest.approx(weights[up].grad.pow(2).sum().sqrt().item())
+    assert list(report.loc[[down, up], "state"]) == ["zero", "ok"]
+    assert list(report.loc[[down, up], "norm"]) == [0, pytest.approx(weights[up].grad.pow(2).sum().sqrt().item())]
     assert report.loc[f"{LAYERS}.1.mlp.down_proj.lora_B.default.weight", "state"] == "non-finite"
     assert report[report["state"] == "frozen"]["norm"].isna().all()
     assert report.attrs == {}
@@ -164,28 +140,22 @@ def checkpointed():
     return get_peft_model(model, lora()).train()
 
 
-def embeddings():
-    return peft(target_modules=["embed_tokens", "q_proj"])  # PEFT starts lora_embedding_A at zero, not B
-
-
-def with_biases():
-    return get_peft_model(llama(attention_bias=True), lora(bias="lora_only")).train()
+def with_biases(bias):
+    return get_peft_model(llama(attention_bias=True), lora(bias=bias)).train()
 
 
 def tied():
-    targets = ["embed_tokens", "lm_head"]
-    return get_peft_model(
-        llama(tie_word_embeddings=True), lora(target_modules=targets, ensure_weight_tying=True)
-    ).train()
+    options = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    return get_peft_model(llama(tie_word_embeddings=True), lora(**options)).train()
 
 
 def from_scratch():
     return inject_lora(llama(), ["q_proj", "down_proj"], r=4, lora_alpha=8).train()
 
 
-def added():
-    model = llama()
-    model.add_adapter(lora())
+def added(dtype=torch.float32, **options):
+    model = llama(dtype)
+    model.add_adapter(lora(**options))
     return model.train()
 
 
@@ -198,8 +168,8 @@ HEALTHY = {
     "regular expression": lambda: peft(target_modules=r".*\.0\..*q_proj"),
     "modules to save": lambda: peft(modules_to_save=["lm_head"]),
     "new tokens": lambda: peft(trainable_token_indices=[5, 6, EOS]),
-    "biases": with_biases,
-    "embeddings": embeddings,
+    "biases": lambda: with_biases("lora_only"),
+    "embeddings": lambda: peft(target_modules=["embed_tokens", "q_proj"]),  # PEFT starts lora_embedding_A at zero
     "tied embeddings": tied,
     "checkpointing": checkpointed,
     "eval mode": lambda: peft().eval(),
@@ -233,116 +203,147 @@ def test_healthy_qlora_has_no_finding(nf4):
         assert diagnose(model, make_batch(), optimizer) == []
 
 
-def test_healthy_trainer_has_no_finding_before_and_after(tmp_path):
-    arguments = TrainingArguments(
-        output_dir=tmp_path,
-        max_steps=4,
-        warmup_steps=2,
-        per_device_train_batch_size=3,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        save_strategy="no",
-        label_names=["labels"],
-    )
-    rows = [{key: value[i] for key, value in make_batch().items()} for i in range(3)]
-    trainer = Trainer(peft(), arguments, train_dataset=rows)
-    trainer.create_optimizer_and_scheduler(num_training_steps=4)
-    assert trainer.optimizer.param_groups[0]["lr"] == 0  # the warm-up starts here
-    assert diagnose(trainer.model, make_batch(), trainer.optimizer) == []
-    trainer.train()
-    assert trainer.optimizer.param_groups[0]["lr"] == 0  # the linear schedule ends here
-    assert diagnose(trainer.model, make_batch(), trainer.optimizer) == []
-
-
 # Faults, each made the way it happens
 
 
-@pytest.fixture
-def saved_adapter(tmp_path):
+def trains(model, part):
+    """Unfreeze every parameter with this in its name."""
+    for name, parameter in model.named_parameters():
+        if part in name:
+            parameter.requires_grad_(True)
+    return model
+
+
+def optimizer_before_the_adapter():
+    base = llama()
+    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-3)
+    return get_peft_model(base, lora()).train(), None, optimizer
+
+
+def adamw_of_halves(model, of_b):
+    a, b = ([p for n, p in model.named_parameters() if f"lora_{half}" in n] for half in "AB")
+    return model, make_batch(), torch.optim.AdamW([{"params": a}, {"params": b, "lr": of_b}], lr=1e-3)
+
+
+def schedule_without_a_warm_up():
+    model = peft()
+    optimizer = adamw(model, lr=0.0)
+    get_linear_schedule_with_warmup(optimizer, 2, 10)
+    return model, make_batch(), optimizer
+
+
+def partly_in_eval_mode(part):
+    model = checkpointed()
+    model.get_submodule(part).eval()
+    return model, make_batch()
+
+
+def with_gradients(factor, *batch):
+    model = peft()
+    (model(**make_batch()).loss * factor).backward()
+    return model, *batch
+
+
+def frozen_after_a_backward_pass():
+    model = full()
+    model(**make_batch()).loss.backward()
+    model.zero_grad(set_to_none=False)
+    model.model.embed_tokens.requires_grad_(False)  # AdamW still decays it
+    return model, make_batch()
+
+
+def diverged():
+    model = peft()
+    step(model, adamw(model, lr=1e25), times=3)
+    return model, make_batch(), adamw(model)
+
+
+def second_adapter():
+    model = peft()
+    model.add_adapter("second", lora(target_modules=["q_porj", "v_proj", "layers.0.self_attn.k_proj", "proj"]))
+    model.set_adapter("second")
+    return (model,)
+
+
+def without_a_graph():
+    base = llama()
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model, batch = get_peft_model(base, lora()).train(), make_batch()
+    assert diagnose(model, batch) == []
+    batch["inputs_embeds"] = base.get_input_embeddings()(batch.pop("input_ids")).detach()
+    return model, batch
+
+
+def dead(part, value):
+    """An adapter of which one half or both are frozen or zero."""
+    model = peft()
+    for name, parameter in model.named_parameters():
+        if part in name:
+            parameter.requires_grad_(value)
+            torch.nn.init.zeros_(parameter)
+    return model.eval(), make_batch()  # looked at as it will be in train mode
+
+
+WRONG = ["q_proj", "v_porj", "j_proj"]
+FAULTS = [
+    ("base-trainable", "base_model.model.lm_head.weight", lambda: (trains(peft(), "lm_head"), make_batch())),
+    ("base-trainable", f": model.embed_tokens.weight, .*and {len(list(llama().parameters())) - 3} more",
+     lambda: (trains(from_scratch(), ""), make_batch())),
+    ("base-trainable", ".bias", lambda: (trains(with_biases("none"), ".bias"),)),
+    ("low-precision-adapter", "torch.bfloat16", lambda: (added(torch.bfloat16),)),
+    ("low-precision-adapter", "torch.float16", lambda: (added(torch.float16),)),
+    ("partial-targets", ": j_proj, v_porj$", lambda: (peft(target_modules=WRONG), make_batch())),
+    ("partial-targets", ": j_proj, v_porj$", lambda: (added(target_modules=WRONG), make_batch())),
+    ("partial-targets", ": proj, q_porj$", second_adapter),
+    ("checkpointing-inactive", f"{LAYERS}.0", lambda: partly_in_eval_mode("")),
+    ("checkpointing-inactive", f"{LAYERS}.0", lambda: partly_in_eval_mode(LAYERS)),  # to switch dropout off
+    ("not-in-optimizer", "layers.0.self_attn.q_proj.lora_A.default.weight.*and 5 more", optimizer_before_the_adapter),
+    ("lr-zero", "lora_A", lambda: ((model := peft()), make_batch(), adamw(model, lr=0.0))),
+    ("lr-zero", "^((?!lora_A).)*lora_B((?!lora_A).)*$", lambda: adamw_of_halves(peft(), 0.0)),
+    ("lr-zero", "lora_A", schedule_without_a_warm_up),
+    ("leftover-gradients", "lora_B", lambda: with_gradients(1 / 4, make_batch())),  # a dropped tail of a window
+    ("leftover-gradients", " model.embed_tokens.weight$", frozen_after_a_backward_pass),
+    ("no-gradient", "and 5 more", without_a_graph),
+    ("zero-gradient", "lora_B", lambda: (peft(lora_alpha=0).eval(), make_batch())),
+    ("zero-gradient", "lora_B", lambda: (peft(lora_dropout=1.0).eval(), make_batch())),
+    ("zero-gradient", "lora_A.*lora_B", lambda: dead("lora_A", True)),
+    ("zero-gradient", "lora_A", lambda: dead("lora_B", False)),
+    ("non-finite-gradient", "lora_B", lambda: with_gradients(1e39)),
+    ("non-finite-gradient", "", diverged),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "said", "build"), FAULTS, ids=[f"{i}-{code}" for i, (code, *_) in enumerate(FAULTS)])
+def test_a_fault_is_found_and_no_other(code, said, build):
+    assert re.search(said, only(diagnose(*build()), code).message)
+
+
+def test_a_fault_that_was_mended_is_no_finding():
+    model = added(torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    assert diagnose(model) == []
+    assert diagnose(partly_in_eval_mode(LAYERS)[0].train(), make_batch()) == []
+    assert "partial-targets" not in codes(second_adapter()[0].merge_and_unload())  # there is no adapter left
+    assert diagnose(*with_gradients(1 / 4)) == []
+
+
+def test_adapter_loaded_for_inference(tmp_path):
     peft().save_pretrained(tmp_path)
-    return tmp_path
-
-
-def test_adapter_loaded_for_inference(saved_adapter):
     base = llama()
     base.gradient_checkpointing_enable()
     base.enable_input_require_grads()  # the loss then requires a gradient, and backward runs without an error
-    model = PeftModel.from_pretrained(base, saved_adapter).train()
+    model = PeftModel.from_pretrained(base, tmp_path).train()
     model(**make_batch()).loss.backward()
-    finding = only(diagnose(model, make_batch()), "no-trainable-parameters")
-    assert "is_trainable=True" in finding.remedy
-    assert codes(PeftModel.from_pretrained(llama(), saved_adapter, is_trainable=True).train(), make_batch()) == []
+    only(diagnose(model, make_batch()), "no-trainable-parameters")
+    assert codes(PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).train(), make_batch()) == []
 
 
 def test_prepared_for_kbit_training_too_late(nf4):
     model = prepare_model_for_kbit_training(get_peft_model(nf4(), lora())).train()
     only(diagnose(model), "no-trainable-parameters")
     only(diagnose(model, make_batch()), "no-trainable-parameters")
-
-
-def test_head_unfrozen_by_hand():
-    model = peft()
-    model.get_output_embeddings().weight.requires_grad_(True)
-    finding = only(diagnose(model, make_batch(), adamw(model)), "base-trainable")
-    assert "base_model.model.lm_head.weight" in finding.message
-    assert "modules_to_save" in finding.remedy
-
-
-def test_base_never_frozen():
-    model = from_scratch()
-    model.requires_grad_(True)
-    finding = only(diagnose(model, make_batch()), "base-trainable")
-    assert "model.embed_tokens.weight, " in finding.message
-    assert f"and {len(list(llama().parameters())) - 3} more" in finding.message
-
-
-def test_biases_that_no_config_asked_for():
-    model = get_peft_model(llama(attention_bias=True), lora()).train()
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            parameter.requires_grad_(True)
-    only(diagnose(model, make_batch()), "base-trainable")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_adapter_in_the_dtype_of_the_base(dtype):
-    model = llama(dtype)
-    model.add_adapter(lora())
-    finding = only(diagnose(model.train()), "low-precision-adapter")
-    assert str(dtype) in finding.message
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    assert diagnose(model) == []
-
-
-def test_misspelled_target():
-    for build in (
-        lambda config: get_peft_model(llama(), config),
-        lambda config: [(m := llama()).add_adapter(config), m][1],
-    ):
-        model = build(lora(target_modules=["q_proj", "v_porj", "j_proj"])).train()
-        finding = only(diagnose(model, make_batch()), "partial-targets")
-        assert finding.message.endswith(": j_proj, v_porj")
-
-
-def test_misspelled_target_of_a_second_adapter():
-    model = peft()
-    model.add_adapter("second", lora(target_modules=["q_porj", "v_proj", "layers.0.self_attn.k_proj", "proj"]))
-    model.set_adapter("second")
-    assert only(diagnose(model), "partial-targets").message.endswith(": proj, q_porj")
-    model = model.merge_and_unload()
-    assert "partial-targets" not in codes(model)  # there is no adapter left
-
-
-def test_checkpointing_in_eval_mode():
-    for part in ("", "base_model.model.model.layers"):  # all of it; or only the frozen layers, to switch dropout off
-        model = checkpointed()
-        model.get_submodule(part).eval()
-        finding = only(diagnose(model, make_batch()), "checkpointing-inactive")
-        assert f"{LAYERS}.0" in finding.message
-        assert diagnose(model.train(), make_batch()) == []
 
 
 def test_weights_packed_for_inference(nf4):
@@ -382,28 +383,6 @@ def test_generation_before_training_on_a_cpu(nf4):
     assert (gradient() - right).norm() < 0.02 * right.norm()
 
 
-def test_optimizer_built_before_the_adapter():
-    base = llama()
-    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-3)
-    model = get_peft_model(base, lora()).train()
-    finding = only(diagnose(model, None, optimizer), "not-in-optimizer")
-    assert f"{LAYERS}.0.self_attn.q_proj.lora_A.default.weight" in finding.message
-    assert "and 5 more" in finding.message
-
-
-def test_learning_rate_of_zero():
-    model = peft()
-    only(diagnose(model, make_batch(), adamw(model, lr=0.0)), "lr-zero")
-    a, b = ([p for n, p in model.named_parameters() if f"lora_{half}" in n] for half in "AB")
-    optimizer = torch.optim.AdamW([{"params": a}, {"params": b, "lr": 0.0}], lr=1e-3)
-    message = only(diagnose(model, make_batch(), optimizer), "lr-zero").message
-    assert "lora_B" in message
-    assert "lora_A" not in message
-    scheduled = torch.optim.AdamW(model.parameters(), lr=0.0)
-    get_linear_schedule_with_warmup(scheduled, 2, 10)
-    only(diagnose(model, make_batch(), scheduled), "lr-zero")
-
-
 def test_warm_up_that_is_never_stepped():
     model = peft()
     optimizer = adamw(model)
@@ -412,27 +391,9 @@ def test_warm_up_that_is_never_stepped():
     step(model, optimizer)  # the first step of a warm-up, with a learning rate of 0
     assert diagnose(model, make_batch(), optimizer) == []
     step(model, optimizer)
-    finding = only(diagnose(model, make_batch(), optimizer), "lr-zero")
-    assert "scheduler.step()" in finding.remedy
+    only(diagnose(model, make_batch(), optimizer), "lr-zero")
     scheduler.step()
     assert diagnose(model, make_batch(), optimizer) == []
-
-
-def test_gradients_left_by_a_dropped_tail():
-    model = peft()
-    (model(**make_batch()).loss / 4).backward()  # the loop ended before its fourth micro-batch
-    finding = only(diagnose(model, make_batch()), "leftover-gradients")
-    assert "lora_B" in finding.message
-    assert diagnose(model) == []
-
-
-def test_frozen_after_a_backward_pass():
-    model = full()
-    model(**make_batch()).loss.backward()
-    model.zero_grad(set_to_none=False)
-    model.model.embed_tokens.requires_grad_(False)  # AdamW still decays it
-    finding = only(diagnose(model, make_batch()), "leftover-gradients")
-    assert finding.message.endswith(" model.embed_tokens.weight")
 
 
 def test_prompts_that_fill_max_length(tokenizer):
@@ -440,7 +401,7 @@ def test_prompts_that_fill_max_length(tokenizer):
     cut = [{key: values[:10] for key, values in row.items()} for row in rows]
     batches = [{key: torch.tensor([row[key] for row in part]) for key in part[0]} for part in (rows, cut)]
     assert diagnose(peft(), batches[0]) == []
-    assert "max_length" in only(diagnose(peft(), batches[1]), "no-labels").remedy
+    only(diagnose(peft(), batches[1]), "no-labels")
     batches[1]["labels"][:, 0] = 5  # the first label is never predicted
     only(diagnose(peft(), batches[1]), "no-labels")
     del batches[1]["labels"]
@@ -491,7 +452,6 @@ def test_reentrant_checkpointing_cuts_the_adapter_off():
     finding = only(diagnose(model), "no-gradient")
     model.zero_grad()
     assert diagnose(model, make_batch()) == [finding]
-    assert "enable_input_require_grads" in finding.remedy
     assert "q_proj.lora_A" in finding.message
     assert "lm_head" not in finding.message
     assert "and 5 more" in finding.message
@@ -501,45 +461,6 @@ def test_reentrant_checkpointing_cuts_the_adapter_off():
 
 def checkpointed_by_hand(forward):
     return lambda hidden, **options: checkpoint(partial(forward, **options), hidden, use_reentrant=True)
-
-
-def test_reentrant_checkpointing_leaves_no_graph_at_all():
-    base = llama()
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    model = get_peft_model(base, lora()).train()
-    batch = make_batch()
-    assert diagnose(model, batch) == []
-    batch["inputs_embeds"] = base.get_input_embeddings()(batch.pop("input_ids")).detach()
-    finding = only(diagnose(model, batch), "no-gradient")
-    assert "and 5 more" in finding.message
-
-
-def test_dead_adapters():
-    off = peft(lora_alpha=0)
-    dropped = peft(lora_dropout=1.0)
-    both = peft()
-    for name, parameter in both.named_parameters():
-        if "lora_A" in name:
-            torch.nn.init.zeros_(parameter)
-    frozen = peft()
-    for name, parameter in frozen.named_parameters():
-        if "lora_B" in name:
-            parameter.requires_grad_(False)
-    for model, halves in ((off, "B"), (dropped, "B"), (both, "AB"), (frozen, "A")):
-        message = only(diagnose(model.eval(), make_batch()), "zero-gradient").message  # as it will be in train mode
-        assert [half for half in "AB" if f"lora_{half}" in message] == list(halves)
-
-
-def test_loss_scaled_to_infinity():
-    model = peft()
-    (model(**make_batch()).loss * 1e39).backward()
-    assert "lora_B" in only(diagnose(model), "non-finite-gradient").message
-
-
-def test_diverged_weights():
-    model = peft()
-    step(model, adamw(model, lr=1e25), times=3)
-    only(diagnose(model, make_batch(), adamw(model)), "non-finite-gradient")
 
 
 def test_several_faults_at_once_come_in_a_fixed_order():
@@ -576,16 +497,6 @@ def snapshot(model, optimizer):
             "grad mode": torch.is_grad_enabled(),
         }
     )
-
-
-def same(one, two):
-    if isinstance(one, torch.Tensor):
-        return one.dtype == two.dtype and torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(same, one, two))
-    return one == two
 
 
 class Counting(torch.nn.Module):
@@ -654,7 +565,6 @@ def test_works_under_no_grad_and_on_models_without_a_config():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_leaves_the_cuda_random_state_as_it_was():
     model = peft(lora_dropout=0.3).cuda()
     optimizer = adamw(model)
