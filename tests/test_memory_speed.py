@@ -107,16 +107,6 @@ def test_logits_of_label_columns_give_the_same_loss_and_gradient(collator, items
         assert torch.equal(batch[name][batch["attention_mask"] == 1], plain[name][plain["attention_mask"] == 1])
 
 
-def test_only_columns_without_any_label_are_left_out(encoded):
-    batch = LogitsToKeepCollator(load_tokenizer())(encoded[:6])
-    following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=data.IGNORE_INDEX)
-    kept = torch.zeros(following.shape[1], dtype=torch.bool)
-    kept[batch["logits_to_keep"]] = True
-    assert not (following[:, ~kept] != data.IGNORE_INDEX).any()
-    assert (following[:, kept] != data.IGNORE_INDEX).any(dim=0).all()
-    assert torch.equal(batch["shift_labels"], following[:, kept])
-
-
 # What the benchmark's recipes are.
 
 

@@ -140,6 +140,7 @@ def remarks(caplog, recwarn):
     transformers.logging.set_verbosity(verbosity)
 
 
+@pytest.mark.slow
 def test_a_changed_learning_rate_is_ignored_on_resume_and_a_changed_alpha_is_not(trainer, uninterrupted, remarks):
     checkpoint = str(Path(uninterrupted.args.output_dir) / "checkpoint-4")
     transformers.trainer_utils.logger.warning_once.cache_clear()  # or else a remark made before is not made again
@@ -156,6 +157,7 @@ def test_a_changed_learning_rate_is_ignored_on_resume_and_a_changed_alpha_is_not
     assert not [remark for remark in remarks() if "alpha" in remark or re.search(r"learning.rate", remark)]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_its_place_in_the_schedule_and_the_new_number_of_steps(trainer, uninterrupted):
     checkpoint = str(Path(uninterrupted.args.output_dir) / "checkpoint-4")
     longer = trainer(max_steps=12)
@@ -171,6 +173,7 @@ def test_a_resumed_run_takes_its_place_in_the_schedule_and_the_new_number_of_ste
     assert rates(longer)[5] != rates(uninterrupted)[5]
 
 
+@pytest.mark.slow
 def test_resuming_without_optimizer_or_random_state_is_silently_another_run(trainer, uninterrupted, tmp_path):
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         broken = tmp_path / name / "checkpoint-4"
@@ -185,6 +188,7 @@ def test_resuming_without_optimizer_or_random_state_is_silently_another_run(trai
         assert shared.result(resumed)[1] != shared.result(uninterrupted)[1]
 
 
+@pytest.mark.slow
 def test_add_adapter_cannot_resume_but_get_peft_model_can_resume_its_checkpoint(trainer, uninterrupted):
     run = trainer(add_adapter=True)
     run.train()
