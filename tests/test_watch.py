@@ -1,27 +1,24 @@
 """helpers.watch: what stops a run, what it warns of, and that it changes nothing."""
 
+import contextlib
 import math
 import warnings
 
 from helpers.labs import clinic
-from helpers.watch import DiagnosticsCallback, LossLines
+from helpers.watch import DiagnosticsCallback
 
 import pytest
 import torch
 from datasets import Dataset
+from shared import llama, same
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 SETTINGS = {"max_steps": 4, "per_device_train_batch_size": 2}
 
 
 def small(**options):
-    config = LlamaConfig(
-        vocab_size=768, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        pad_token_id=1, eos_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(1)
-    return clinic.new_adapter(LlamaForCausalLM(config), **options)
+    sizes = {"vocab_size": 768, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    return clinic.new_adapter(llama(pad_token_id=1, eos_token_id=0, **sizes), **options)
 
 
 def watched(folder, model=None, **options):
@@ -76,7 +73,7 @@ def test_a_healthy_run_has_no_finding_and_the_same_weights_and_log(options, tmp_
     with warnings.catch_warnings(action="error", category=UserWarning, append=True):
         trainer.train()
     assert watch.findings == []
-    assert all(torch.equal(p, weights(trainer)[name]) for name, p in weights(plain).items())
+    assert same(weights(trainer), weights(plain))
     for field in ("loss", "grad_norm", "eval_loss"):
         assert [e.get(field) for e in plain.state.log_history] == [e.get(field) for e in trainer.state.log_history]
 
@@ -88,26 +85,25 @@ def test_modules_to_save_and_an_embedding_adapter_are_healthy(tmp_path):
         assert watch.findings == []
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_and_has_no_finding(tmp_path):
     whole, _ = watched(tmp_path / "whole", small(lora_dropout=0.1), save_strategy="steps", save_steps=2)
     train(whole)
     again, watch = watched(tmp_path / "whole", small(lora_dropout=0.1))
     train(again, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert watch.findings == []
-    assert all(torch.equal(p, weights(again)[name]) for name, p in weights(whole).items())
+    assert same(weights(again), weights(whole))
 
 
-def test_hooks_are_gone_after_the_run(tmp_path):
+@pytest.mark.parametrize("stops", [False, True])
+def test_hooks_are_gone_after_the_run(stops, tmp_path):
     trainer, _ = watched(tmp_path)
-    train(trainer)
+    if stops:
+        poison(trainer.model, first_trained(trainer.model), backward=2)
+    with pytest.raises(FloatingPointError) if stops else contextlib.nullcontext():
+        train(trainer)
     assert not trainer.model._forward_hooks
     assert not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in trainer.model.parameters())
-    stopped, _ = watched(tmp_path)
-    poison(stopped.model, first_trained(stopped.model), backward=2)
-    with pytest.raises(FloatingPointError):
-        train(stopped)
-    assert not stopped.model._forward_hooks
-    assert not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in stopped.model.parameters())
 
 
 # What stops a run
@@ -126,7 +122,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(value, window, ba
         FloatingPointError, match=f"^update {place} .*: the gradient of {name} is not finite, the first of"
     ):
         train(trainer)
-    assert all(torch.equal(p, seen[other]) for other, p in weights(trainer).items())
+    assert same(weights(trainer), seen)
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
@@ -194,27 +190,26 @@ def test_a_batch_without_labels_among_good_ones_is_named(tmp_path):
         train(trainer)
 
 
-def test_weights_that_an_update_has_ruined_are_not_saved(tmp_path):
-    for options in ({"max_steps": 1}, {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}):
-        trainer, _ = watched(tmp_path, **options)
-        trainer.create_optimizer().register_step_post_hook(lambda optimizer, *_: _ruin(optimizer))
-        with pytest.raises(FloatingPointError, match="after update 1: 1 parameters hold inf or NaN, the first is"):
-            train(trainer)
-        assert not list(tmp_path.glob("checkpoint-*"))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": 1},
+        {"max_steps": 3, "save_strategy": "steps", "save_steps": 1},
+        {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "epoch"},
+    ],
+    ids=["at the end", "at a save", "at an epoch's end"],
+)
+def test_weights_that_an_update_has_ruined_are_not_saved(options, tmp_path):
+    def ruin(optimizer, *_):
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][0][0, 0] = math.inf
 
-
-def test_weights_are_looked_at_before_the_save_at_the_end_of_an_epoch(tmp_path):
     rows = clinic.encoded().select(range(2))  # an epoch of one update
-    trainer, _ = watched(tmp_path, rows=rows, max_steps=-1, num_train_epochs=2, save_strategy="epoch")
-    trainer.create_optimizer().register_step_post_hook(lambda optimizer, *_: _ruin(optimizer))
+    trainer, _ = watched(tmp_path, rows=rows, **options)
+    trainer.create_optimizer().register_step_post_hook(ruin)
     with pytest.raises(FloatingPointError, match="after update 1: 1 parameters hold inf or NaN, the first is"):
         train(trainer)
     assert not list(tmp_path.glob("checkpoint-*"))
-
-
-def _ruin(optimizer):
-    with torch.no_grad():
-        optimizer.param_groups[0]["params"][0][0, 0] = math.inf
 
 
 # What it warns of (the rest is in test_clinic.py)
@@ -233,16 +228,13 @@ def test_findings_are_warnings_with_a_remedy(tmp_path):
 def test_an_adapter_that_moves_in_part_is_reported(tmp_path):
     """Half of the matrices are in the optimizer: half of the entries do not move."""
     model = small()
-    held = [p for name, p in model.named_parameters() if "lora_B" in name]
-    trainer, watch = watched(
-        tmp_path, model, more={"optimizers": (torch.optim.AdamW(held, lr=1e-3), None)}, max_steps=10, warmup_steps=0
-    )
+    held, stuck = ([p for name, p in model.named_parameters() if half in name] for half in ("lora_B", "lora_A"))
+    more = {"optimizers": (torch.optim.AdamW(held, lr=1e-3), None)}
+    trainer, watch = watched(tmp_path, model, more=more, max_steps=10, warmup_steps=0)
     train(trainer)
-    assert "adapter-not-moving" in codes(watch)
-    had = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    stuck = sum(p.numel() for name, p in model.named_parameters() if "lora_A" in name)
     message = next(finding.message for finding in watch.findings if finding.code == "adapter-not-moving")
-    assert f"after 10 updates at a rate above 0, {stuck / had:.0%} of" in message
+    numbers = [sum(p.numel() for p in half) for half in (held, stuck)]
+    assert f"after 10 updates at a rate above 0, {numbers[1] / sum(numbers):.0%} of" in message
 
 
 def test_updates_at_a_rate_of_zero_are_no_standstill(tmp_path):
@@ -255,28 +247,22 @@ def test_updates_at_a_rate_of_zero_are_no_standstill(tmp_path):
     assert watch.findings == []
 
 
-def test_resumed_with_another_alpha_or_decay(tmp_path):
-    first, _ = watched(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
-    train(first)
-    for model, options, words in (
-        (small(lora_alpha=160), {}, "lora_alpha=160 is used, and the checkpoint was made with 16"),
-        (small(), {"weight_decay": 0.5}, "weight_decay=0.5 is not used, the checkpoint's 0 is"),
-        (small(), {"learning_rate": 0.1}, "learning_rate=0.1 is not used, the checkpoint's 0.005 is"),
-    ):
-        trainer, watch = watched(tmp_path, model, **options)
-        train(trainer, resume_from_checkpoint=True)
-        assert codes(watch) == ["settings-ignored"]
-        assert watch.findings[0].message == words
-
-
-def test_resumed_with_less_weight_decay(tmp_path):
-    """The Trainer's group of biases and norms has none, and does not hide that the other has the checkpoint's."""
+@pytest.mark.slow
+def test_resumed_with_other_settings(tmp_path):
     first, _ = watched(tmp_path, save_strategy="steps", save_steps=2, max_steps=2, weight_decay=0.5)
     train(first)
-    for decay, words in ((0.0, ["weight_decay=0 is not used, the checkpoint's 0.5 is"]), (0.5, [])):
-        trainer, watch = watched(tmp_path, weight_decay=decay)
+    for changes, words in (
+        ({"model": small(lora_alpha=160)}, ["lora_alpha=160 is used, and the checkpoint was made with 16"]),
+        ({"learning_rate": 0.1}, ["learning_rate=0.1 is not used, the checkpoint's 0.005 is"]),
+        ({"weight_decay": 0.7}, ["weight_decay=0.7 is not used, the checkpoint's 0.5 is"]),
+        # The Trainer's group of biases and norms has none, and does not hide that the other has the checkpoint's.
+        ({"weight_decay": 0.0}, ["weight_decay=0 is not used, the checkpoint's 0.5 is"]),
+        ({}, []),
+    ):
+        trainer, watch = watched(tmp_path, **({"weight_decay": 0.5} | changes))
         train(trainer, resume_from_checkpoint=True)
         assert [finding.message for finding in watch.findings] == words
+        assert codes(watch) == ["settings-ignored"] * len(words)
 
 
 def test_an_evaluation_without_dropout_or_in_eval_mode_is_fine(tmp_path):
@@ -336,13 +322,3 @@ def test_data_that_cannot_be_indexed_is_watched_without_a_first_batch(tmp_path):
     poison(trainer.model, first_trained(trainer.model), backward=1)  # there is no pass of diagnose here
     with pytest.raises(FloatingPointError, match=r"^update 1, micro-batch 1: the gradient"):
         train(trainer)
-
-
-def test_loss_lines(tmp_path, capsys):
-    trainer = clinic.new_trainer(tmp_path, small(), **SETTINGS, eval_strategy="steps", eval_steps=4)
-    trainer.add_callback(LossLines())
-    trainer.train()
-    lines = capsys.readouterr().out.splitlines()
-    first = trainer.state.log_history[0]["loss"]
-    assert lines[0] == f"step 1 of 4: loss {first:.2f}"
-    assert lines[4].startswith("step 4 of 4: validation loss ")
