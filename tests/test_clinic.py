@@ -76,6 +76,7 @@ def test_diagnose_finds_it_before_the_first_step(name, folder):
 # The four that nothing inside a run can find: the callback is silent, and the comparison decides
 
 
+@pytest.mark.slow
 def test_a_rate_that_is_too_low_is_found_by_a_higher_one(folder):
     assert said("rate_too_low", folder, fixed=False) == []
     ends = []
@@ -96,6 +97,7 @@ def test_labels_on_the_prompt_are_seen_when_they_are_decoded(folder):
         assert decoded == ("" if fixed else whole["prompt"]) + whole["completion"] + tokenizer.eos_token
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrong_base", "merged_twice"])
 def test_the_fingerprint_tells_another_base(name, folder):
     own = clinic.base_fingerprint(clinic.load_tiny())
