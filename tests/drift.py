@@ -3,9 +3,9 @@
     python tests/drift.py    prints what would fail, and exits with 1 if anything would
 
 Names are imported, arguments bound to signatures, and minimum versions read in the source of the called function. What
-a name holds is followed through assignments, annotations and calls; the keys of a dict, through `**settings` and the
-course's own functions, to the call that takes them. Nothing is said where that is not evident, or where a `try` catches
-the failure.
+a name holds is followed through assignments, annotations and calls. A function of the course that is given a dict, or
+`**settings`, is read once more for that call, to see which calls take the keys. Nothing is said where that is not
+evident, or where a `try` catches the failure.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ OURS = {  # whose attributes an object has, too: a PeftModel asks its tuner and 
     "PreTrainedConfig": [("transformers", "LlamaConfig")],
 }
 METHODS = types.FunctionType | types.MethodDescriptorType | staticmethod | classmethod
-UNKNOWN: list[Any] = [
-    None
-]  # a name holds one of a list: of the four below, of scopes (our modules), or None (anything)
+# A name holds one of a list: of the four kinds below, of scopes (our modules), or None (anything).
+UNKNOWN: list[Any] = [None]
 
 
 class Found(NamedTuple):  # a library's module, class or function; `owner`: of a method, the class of its object
@@ -52,16 +51,16 @@ class Instance(NamedTuple):  # an object of a library's class
     cls: type
 
 
-class Settings(NamedTuple):  # a dict: its known keys; and lists, to which who takes it is added
-    keys: set[str]
-    takers: list[list]
+class Keys(NamedTuple):  # a dict, of which these keys are known
+    names: frozenset[str]
 
 
-class Function(NamedTuple):  # one of the course; `takers`: for each parameter, who takes the keys of that dict
+class Function(NamedTuple):  # one of the course
     node: ast.FunctionDef
     scope: Scope
-    takers: dict[str, list]
+    where: str
     returns: list
+    bases: list  # of its class, if it is a method
 
 
 class Miss(NamedTuple):
@@ -189,11 +188,15 @@ def result(callee: Any) -> list:
     return [v if v and (v.cls is owner or library_of(v.cls) == library_of(callee.value)) else None for v in values]
 
 
-def together(several: Iterable[list]) -> list:
+def together(*several: list) -> list:
     """The dicts among these values, as one."""
-    known = [value for values in several for value in values if isinstance(value, Settings)]
-    merged = Settings({key for v in known for key in v.keys}, [taker for v in known for taker in v.takers])
-    return [merged] if known else UNKNOWN
+    known = [value.names for values in several for value in values if isinstance(value, Keys)]
+    return [Keys(frozenset().union(*known))] if known else UNKNOWN
+
+
+def parameters(node: ast.FunctionDef) -> list[ast.arg]:
+    """The parameters that an argument may name, those that may be positional first."""
+    return [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
 
 
 class Drift:
@@ -203,12 +206,14 @@ class Drift:
         self.root = root
         self.modules: dict[Path, Scope] = {}
         self.written: dict[str, Scope] = {}  # by %%writefile, in the notebook that is read
-        self.later: list[tuple[Function, list, str]] = []  # a function's names are looked up when all is read
-        self.passed: list[tuple[list, set[str], str]] = []  # keys given to a function of the course
+        self.later: list[Function] = []  # a function's names are looked up when all is read
         self.misses: dict[Miss, None] = {}
         self.checked: set[str] = set()
         self.left_out: Counter[str] = Counter()
         self.caught = self.maybe = 0  # how deep in a `try` that catches failures, and in an `if`
+        self.given: frozenset[str] = frozenset()  # while a function is read for one call: the keys in question,
+        self.given_at = ""  # where that call is,
+        self.readers: list[ast.FunctionDef] = []  # and the functions on the way
 
     def file(self, path: Path) -> Scope:
         if path not in self.modules:
@@ -231,28 +236,33 @@ class Drift:
 
     def finish(self) -> None:
         while self.later:
-            function, bases, where = self.later.pop()
-            scope, args = Scope(where, function.scope), function.node.args
-            for arg in filter(None, [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]):
-                kinds = self.kinds(arg.annotation, scope)
-                taken = [Settings(set(), [function.takers.setdefault(arg.arg, [])])]
-                scope.bind(arg.arg, taken if kinds == UNKNOWN else kinds)
-            if bases and args.args:
-                scope.bind(args.args[0].arg, [*bases, None])
-            self.each(function.node.body, scope)
-        for takers, keys, place in self.passed:
-            self.pass_on(takers, keys, place, frozenset())
+            self.body(self.later.pop(), {})
 
-    def pass_on(self, takers: list, keys: set[str], place: str, seen: frozenset[int]) -> None:
-        """Check keys of a dict against the calls that it ends in."""
-        for taker in takers if id(takers) not in seen else ():
-            if isinstance(taker, Found):
-                self.arguments([taker], 0, keys, True, place)
-            elif isinstance(taker, list):
-                self.pass_on(taker, keys, place, seen | {id(takers)})
-            elif isinstance(taker, Function) and (rest := taker.node.args.kwarg):
-                named = {arg.arg for arg in [*taker.node.args.args, *taker.node.args.kwonlyargs]}
-                self.pass_on(taker.takers.get(rest.arg, []), keys - named, place, seen | {id(takers)})
+    def body(self, function: Function, given: dict[str, list]) -> None:
+        """Read what a function does; its parameters hold what is `given`, or what their annotations say."""
+        scope, node = Scope(function.where, function.scope), function.node
+        for arg in filter(None, [*parameters(node), node.args.vararg, node.args.kwarg]):
+            scope.bind(arg.arg, given.get(arg.arg) or self.kinds(arg.annotation, scope))
+        if function.bases and node.args.args:
+            scope.bind(node.args.args[0].arg, [*function.bases, None])
+        self.each(node.body, scope)
+
+    def follow(self, function: Function, args: list, named: dict, keys: frozenset[str], place: str) -> None:
+        """Read a function for one call, which gives it these keys, and maybe dicts as arguments."""
+        names = [arg.arg for arg in parameters(function.node)]
+        given = {name: together(values) for name, values in [*zip(names, args, strict=False), *named.items()]}
+        if rest := function.node.args.kwarg:
+            given[rest.arg] = [Keys(keys.difference(names))]
+        given = {name: values for name, values in given.items() if values != UNKNOWN}
+        asked = frozenset().union(*(known.names for (known,) in given.values()))
+        asked = asked & self.given if self.given else asked
+        if asked and function.node not in self.readers:
+            before = self.given, self.given_at, self.maybe
+            self.given, self.given_at, self.maybe = asked, self.given_at or place, 0
+            self.readers.append(function.node)
+            self.body(function, given)
+            self.readers.pop()
+            self.given, self.given_at, self.maybe = before
 
     def miss(self, library: str, place: str, what: str) -> None:
         if not library or self.caught:
@@ -298,10 +308,10 @@ class Drift:
                 scope.bind(name, self.kinds(annotation, scope) if None in values else values, self.maybe)
             case ast.Assign(targets=[ast.Subscript(value=settings, slice=ast.Constant(value=str(key)))], value=value):
                 self.read(value, scope)
-                for known in together([self.read(settings, scope)]):
-                    scope.bind(ast.unparse(settings), together([[known, Settings({key}, [])]]) if known else UNKNOWN)
+                if (known := together(self.read(settings, scope))) != UNKNOWN:
+                    scope.bind(ast.unparse(settings), together(known, [Keys(frozenset({key}))]))
             case ast.AugAssign(target=ast.Name(id=name), op=ast.BitOr(), value=value):
-                scope.bind(name, together([scope.look_up(name), self.read(value, scope)]), self.maybe)
+                scope.bind(name, together(scope.look_up(name), self.read(value, scope)), self.maybe)
             case ast.If(test=test, body=body, orelse=orelse):
                 self.read(test, scope)
                 self.maybe += 1
@@ -328,10 +338,10 @@ class Drift:
                 return self.read(body, scope) + self.read(orelse, scope)
             case ast.Dict(keys=keys, values=values):
                 held = [self.read(value, scope) for value in values]
-                known = Settings({key.value for key in keys if isinstance(key, ast.Constant)}, [])
-                return together([[known], *(value for key, value in zip(keys, held, strict=True) if key is None)])
+                known = Keys(frozenset(key.value for key in keys if isinstance(key, ast.Constant)))
+                return together([known], *(value for key, value in zip(keys, held, strict=True) if key is None))
             case ast.BinOp(left=left, op=ast.BitOr(), right=right) | ast.BoolOp(op=ast.Or(), values=[left, right]):
-                return together([self.read(left, scope), self.read(right, scope)])
+                return together(self.read(left, scope), self.read(right, scope))
             case ast.Call():
                 return self.call(node, scope, place)
             case _:
@@ -344,11 +354,14 @@ class Drift:
         returns = self.kinds(node.returns, scope)
         dicts = [n.value for n in ast.walk(node) if isinstance(n, ast.Return) and isinstance(n.value, ast.Dict)]
         if dicts and returns == UNKNOWN:
-            returns = [Settings({k.value for d in dicts for k in d.keys if isinstance(k, ast.Constant)}, [])]
-        function = Function(node, scope, {}, returns)
-        self.later.append((function, bases, scope.where))
+            returns = [Keys(frozenset(k.value for d in dicts for k in d.keys if isinstance(k, ast.Constant)))]
+        function = Function(node, scope, scope.where, returns, bases)
         if not bases:
             scope.bind(node.name, [function], self.maybe)
+        if self.given:
+            self.body(function, {})
+        else:
+            self.later.append(function)
 
     def kinds(self, node: ast.expr | None, scope: Scope) -> list:
         """What a name or a result with this annotation holds."""
@@ -410,36 +423,29 @@ class Drift:
 
     def call(self, node: ast.Call, scope: Scope, place: str) -> list:
         callees, args = self.read(node.func, scope), [self.read(arg, scope) for arg in node.args]
-        named = {keyword.arg: self.read(keyword.value, scope) for keyword in node.keywords}
-        unpacked = [self.read(keyword.value, scope) for keyword in node.keywords if keyword.arg is None]
-        named.pop(None, None)
-        (settings,) = together([*unpacked, [Settings(set(named), [])]])
-        starred = sum(isinstance(arg, ast.Starred) for arg in node.args)
-        given, applied = (
-            len(args) - starred,
-            bool(args) and any(isinstance(c, Found) and c.value is functools.partial for c in callees),
-        )
+        held = [(keyword.arg, self.read(keyword.value, scope)) for keyword in node.keywords]
+        named = {name: values for name, values in held if name}
+        unpacked = [values for name, values in held if name is None]
+        (known,) = together([Keys(frozenset(() if self.given else named))], *unpacked)
+        partial = bool(unpacked) or any(isinstance(arg, ast.Starred) for arg in node.args)
+        given = sum(not isinstance(arg, ast.Starred) for arg in node.args)
+        applied = bool(args) and any(isinstance(c, Found) and c.value is functools.partial for c in callees)
         if applied:
-            callees, args, given = args[0], args[1:], given - 1
-        self.arguments(callees, given, settings.keys, bool(unpacked or starred or applied), place)
-        for callee in callees if not self.caught else ():
-            for taker in settings.takers:
-                taker.append(callee)
-            if isinstance(callee, Function):
-                self.passed.append(([callee], settings.keys, place))
-                names = [arg.arg for arg in callee.node.args.args]
-                for name, values in [*zip(names, args, strict=False), *named.items()]:
-                    for known in filter(None, together([values])):
-                        inner = callee.takers.setdefault(name, [])
-                        self.passed.append((inner, known.keys, place))
-                        for taker in known.takers:
-                            taker.append(inner)
+            callees, args, given, partial = args[0], args[1:], given - 1, True
+        self.arguments(callees, given, known.names, partial, place)
+        functions = [callee for callee in callees if isinstance(callee, Function)]
+        for function in functions if not self.caught else ():
+            self.follow(function, args, named, known.names, place)
         if applied:
-            return [callee if isinstance(callee, Function) else None for callee in callees]
+            return functions or UNKNOWN
         return [value for callee in callees for value in result(callee)] or UNKNOWN
 
-    def arguments(self, callees: list, positional: int, keywords: set[str], partial: bool, place: str) -> None:
+    def arguments(self, callees: list, positional: int, keywords: frozenset, partial: bool, place: str) -> None:
         """Check a call: a miss if all that it may be refuse it, or if one asks for another version."""
+        if self.given:  # of a body that is read once more only these keys are new
+            positional, keywords, partial, place = 0, keywords & self.given, True, self.given_at
+            if not keywords:
+                return
         against = []
         for callee in callees:
             value = callee.value if isinstance(callee, Found) and callable(callee.value) else None
@@ -450,7 +456,7 @@ class Drift:
             self.left_out["calls without a signature"] += signature(value) is None
             self.checked.add(f"{place} {name_of(value)}")
             against.append({(library_of(value), what) for what in refused(callee, positional, keywords, partial)})
-            for needs in requirements(value):
+            for needs in requirements(value) if not self.given else ():
                 if not needs.specifier.contains(there := metadata.version(needs.name), prereleases=True):
                     self.miss(library_of(value), place, f"{name_of(value)} needs {needs}, and {there} is installed")
         for library, what in sorted(set().union(*against)) if all(against) else ():

@@ -1,10 +1,12 @@
 """The environment check and the hardware profile: each failure is provoked, and names its remedy."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from importlib import metadata
+from types import SimpleNamespace
 
 from helpers.__main__ import main
 from helpers.commands import doctor as doctor_module
@@ -17,19 +19,14 @@ import torch
 CHECKS = ["python", "torch device", "bitsandbytes backend", "adapter", "disk", "model cache", "notebook kernel"]
 
 
-def _lines(capsys):
-    lines = capsys.readouterr().out.splitlines()
-    return {line[7:].split(":")[0]: line for line in lines[:-1]}, lines[-1]
-
-
 def test_every_check_prints_one_line_and_passes(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path))
     assert main(["doctor"]) == 0
-    lines, last = _lines(capsys)
-    assert set(lines) == {*CHECKS, *(name for name, _ in requirements())}
-    assert all(line.startswith("[OK]   ") for line in lines.values())
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("[OK]   ") for line in lines)
+    assert {line[7:].split(":")[0] for line in lines} == {*CHECKS, *(name for name, _ in requirements())}
     assert last == "All checks passed."
-    assert "`python -m helpers fetch`" in lines["model cache"]
+    assert "`python -m helpers fetch`" in next(line for line in lines if "model cache" in line)
 
 
 def test_the_packages_are_those_that_the_project_declares():
@@ -40,66 +37,62 @@ def test_the_packages_are_those_that_the_project_declares():
     assert "pytest" not in declared
 
 
-def _versions(**fake):
+def _version_of_gguf(found):
+    """metadata.version, with another answer for gguf."""
     real = metadata.version
 
     def version(name):
-        if name not in fake:
-            return real(name)
-        if fake[name] is None:
+        if name == "gguf" and found is None:
             raise metadata.PackageNotFoundError(name)
-        return fake[name]
+        return found if name == "gguf" else real(name)
 
-    return version
+    return lambda m: m.setattr(doctor_module.metadata, "version", version)
 
 
-@pytest.mark.parametrize(
-    ("provoke", "check", "message"),
-    [
-        (
-            lambda m, p: m.setattr(doctor_module.metadata, "version", _versions(gguf="0.9")),
-            "gguf",
-            "0.9 does not fit >=",
-        ),
-        (lambda m, p: m.setattr(doctor_module.metadata, "version", _versions(gguf=None)), "gguf", "not installed;"),
-        (lambda m, p: m.setattr(doctor_module.sys, "version_info", (3, 9, 1)), "python", "install Python 3.11"),
-        (
-            lambda m, p: m.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 10**8)),
-            "disk",
-            "0.1 GB free for",
-        ),
-        (lambda m, p: m.setattr(os, "access", lambda path, mode: False), "model cache", "set LORA_LAB_CACHE"),
-        (lambda m, p: m.setitem(sys.modules, "ipykernel", None), "notebook kernel", 'pip install -e ".[lab]"'),
-        (lambda m, p: m.setitem(sys.modules, "bitsandbytes.functional", None), "bitsandbytes backend", "bitsandbytes"),
-    ],
-    ids=["old", "missing", "python", "disk", "cache", "kernel", "bitsandbytes"],
-)
+def _full_disk(m):
+    m.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 10**8))
+
+
+# How each check is made to fail, and what its line then says.
+FAULTS = {
+    "old": (_version_of_gguf("0.9"), "gguf", "0.9 does not fit >="),
+    "missing": (_version_of_gguf(None), "gguf", "not installed;"),
+    "python": (lambda m: m.setattr(doctor_module.sys, "version_info", (3, 9, 1)), "python", "install Python 3.11"),
+    "disk": (_full_disk, "disk", "0.1 GB free for"),
+    "cache": (lambda m: m.setattr(os, "access", lambda path, mode: False), "model cache", "set LORA_LAB_CACHE"),
+    "kernel": (lambda m: m.setitem(sys.modules, "ipykernel", None), "notebook kernel", 'pip install -e ".[lab]"'),
+    "no bitsandbytes": (
+        lambda m: m.setitem(sys.modules, "bitsandbytes.functional", None), "bitsandbytes backend", "bitsandbytes",
+    ),
+    "wrong in 4 bits": (
+        lambda m: m.setattr("bitsandbytes.functional.dequantize_4bit", lambda packed, state: torch.zeros(4, 64)),
+        "bitsandbytes backend", "a 4-bit round trip on",
+    ),
+    "adapter": (
+        lambda m: m.setattr("peft.get_peft_model", lambda model, config: model),
+        "adapter", "951,424 parameters of tiny train",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("provoke", "check", "message"), FAULTS.values(), ids=FAULTS)
 def test_a_failed_check_names_the_remedy(provoke, check, message, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path))
-    provoke(monkeypatch, tmp_path)
-    assert doctor() == 1
-    lines = capsys.readouterr().out.splitlines()
-    failed = [line for line in lines if line.startswith("[FAIL]")]
-    assert len(failed) == 1
-    assert failed[0].startswith(f"[FAIL] {check}: ")
-    assert message in failed[0]
-    assert lines[-1] == f"1 of {len(lines) - 1} checks failed."
+    provoke(monkeypatch)
+    assert doctor(only_failures=True) == 1
+    failed, last = capsys.readouterr().out.splitlines()
+    assert failed.startswith(f"[FAIL] {check}: ")
+    assert message in failed
+    assert re.fullmatch(r"1 of \d+ checks failed\.", last)
 
 
 def test_a_full_disk_is_no_fault_once_the_model_is_there(capsys, monkeypatch, smollm2):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 10**8))
+    _full_disk(monkeypatch)
     doctor()
     assert "[OK]   disk: 0 GB free" in capsys.readouterr().out
 
 
-def test_a_wrong_round_trip_through_4_bits_is_noticed(capsys, monkeypatch):
-    import bitsandbytes.functional as bnb
-
-    monkeypatch.setattr(bnb, "dequantize_4bit", lambda packed, state: torch.zeros(4, 64))
-    assert doctor() == 1
-    assert "[FAIL] bitsandbytes backend: a 4-bit round trip on" in capsys.readouterr().out
-
-
+@pytest.mark.slow
 def test_a_torchao_that_breaks_peft_is_noticed(tmp_path):
     """PEFT raises when an older torchao than it supports is installed, as on Colab in 2026."""
     (tmp_path / "torchao").mkdir()
@@ -134,12 +127,6 @@ def test_two_packages_that_do_not_work_together_are_named_with_the_remedy(clone,
     assert remedy in failed
 
 
-def test_an_adapter_that_trains_something_else_is_noticed(capsys, monkeypatch):
-    monkeypatch.setattr("peft.get_peft_model", lambda model, config: model)
-    assert doctor(only_failures=True) == 1
-    assert "[FAIL] adapter: 951,424 parameters of tiny train" in capsys.readouterr().out
-
-
 def test_fetch_says_where_the_model_is_or_what_went_wrong(capsys, tmp_path, monkeypatch):
     from helpers import fetch
 
@@ -155,37 +142,41 @@ def test_fetch_says_where_the_model_is_or_what_went_wrong(capsys, tmp_path, monk
     assert capsys.readouterr().err == "error: no network\n"
 
 
-class _Gpu:
-    def __init__(self, name, major, gib):
-        self.name, self.major, self.total_memory = name, major, gib * 2**30
+LARGE = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
 
 
 @pytest.mark.parametrize(
-    ("gpu", "dtype", "model"),
+    ("gpu", "major", "gib", "dtype", "model"),
     [
-        (_Gpu("Tesla T4", 7, 14.6), torch.float16, "HuggingFaceTB/SmolLM2-1.7B-Instruct"),
-        (_Gpu("NVIDIA A100", 8, 39.6), torch.bfloat16, "HuggingFaceTB/SmolLM2-1.7B-Instruct"),
-        (_Gpu("NVIDIA L4", 8, 22.5), torch.bfloat16, "HuggingFaceTB/SmolLM2-1.7B-Instruct"),
-        (_Gpu("GeForce GTX 1060", 6, 6), torch.float16, "smollm2-135m"),
+        ("Tesla T4", 7, 14.6, torch.float16, LARGE),
+        ("NVIDIA A100", 8, 39.6, torch.bfloat16, LARGE),
+        ("NVIDIA L4", 8, 22.5, torch.bfloat16, LARGE),
+        ("GeForce GTX 1060", 6, 6, torch.float16, "smollm2-135m"),
     ],
 )
-def test_the_profile_of_a_gpu(gpu, dtype, model, monkeypatch):
+def test_the_profile_of_a_gpu(gpu, major, gib, dtype, model, monkeypatch):
+    properties = SimpleNamespace(name=gpu, major=major, total_memory=gib * 2**30)
     monkeypatch.delenv("LORA_LAB_DEVICE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     machine = profile()
-    assert (machine.device, machine.name, machine.dtype) == ("cuda", gpu.name, dtype)
-    assert machine.model == model
+    assert (machine.device, machine.name, machine.dtype, machine.model) == ("cuda", gpu, dtype, model)
     monkeypatch.setenv("LORA_LAB_DEVICE", "cpu")
     assert (profile().device, profile().dtype) == ("cpu", torch.float32)
 
 
-def test_the_profile_of_a_machine_without_a_gpu(monkeypatch):
-    monkeypatch.setenv("LORA_LAB_DEVICE", "cpu")
+@pytest.mark.parametrize("forced", ["", "cpu"])
+def test_the_profile_of_a_machine_without_a_gpu(forced, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(forced))
+    monkeypatch.setenv("LORA_LAB_DEVICE", forced)
     machine = profile()
     assert (machine.device, machine.dtype, machine.model) == ("cpu", torch.float32, "smollm2-135m")
     assert 0.5 < machine.memory_gib < 10_000
+
+
+def test_another_device_is_refused(monkeypatch):
     monkeypatch.setenv("LORA_LAB_DEVICE", "tpu")
     with pytest.raises(ValueError, match="LORA_LAB_DEVICE='tpu': set it to cpu"):
         profile()

@@ -167,7 +167,7 @@ def test_what_a_later_version_drops_or_asks_for_is_found_in_the_course(monkeypat
     finally:
         signature.cache_clear()
     dropped = found.pop(("transformers", "Trainer: got an unexpected keyword argument 'processing_class'"))
-    assert {"helpers/training.py", "helpers/clinic.py"} <= dropped <= set(_cells_with("processing_class="))
+    assert {"helpers/training.py", "helpers/labs/clinic.py"} <= dropped <= set(_cells_with("processing_class="))
     imports = r"(?m)^from peft import .*prepare_model_for_kbit_training"
     assert found.pop(("peft", "peft has no prepare_model_for_kbit_training")) == set(_cells_with(imports))
     ((_, what), places), *others = found.items()

@@ -36,21 +36,18 @@ def _tree(cell):
 
 
 def _bound(cell):
-    """The names that a cell binds where the next cells see them."""
-    names = set()
-
-    def visit(node):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+    """The names that a cell binds where the next cells see them: not those of a comprehension or a function's body."""
+    names, nodes = set(), [_tree(cell)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.alias):
             names.add((node.asname or node.name).split(".")[0])
         elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
             names.add(node.id)
         elif not isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
-            for child in ast.iter_child_nodes(node):
-                visit(child)
-
-    visit(_tree(cell))
+            nodes += ast.iter_child_nodes(node)
     return names
 
 
@@ -63,14 +60,10 @@ def hand_outs(tmp_path_factory):
     """The folder that the README's command makes, from a copy of the notebooks."""
     folder = tmp_path_factory.mktemp("class")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns("outputs", ".*"))
-    commands = re.findall(r"^jupyter nbconvert (?:.*\\\n)*.*", README, flags=re.M)
-    assert len(commands) == 1, "the README has one command that makes the hand-out"
-    words = shlex.split(commands[0].replace("\\\n", " "))
-    assert words[-1] == "notebooks/*.ipynb"  # the shell's part
-    files = [str(path.relative_to(folder)) for path in sorted(folder.glob(words.pop()))]
-    run = subprocess.run(
-        [sys.executable, "-m", *words, *files], cwd=folder, capture_output=True, text=True, check=False
-    )
+    [command] = re.findall(r"^jupyter nbconvert (?:.*\\\n)*.*", README, flags=re.M)
+    *words, files = shlex.split(command.replace("\\\n", " "))
+    command = [sys.executable, "-m", *words, *map(str, sorted(folder.glob(files)))]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert sorted(path.name for path in (folder / "hand_out").iterdir()) == [path.name for path in NOTEBOOKS]
     return folder / "hand_out"
@@ -82,10 +75,10 @@ def test_nothing_is_missing_but_the_solutions(path, hand_outs):
     hand_out = nbformat.read(hand_outs / path.name, as_version=4)
     nbformat.validate(hand_out)
     kept = [cell for cell in full.cells if "solution" not in _tags(cell)]
-    assert [(cell.id, cell.cell_type, cell.source) for cell in hand_out.cells] == [
-        (cell.id, cell.cell_type, cell.source) for cell in kept
+    whole = [
+        [(cell.id, cell.cell_type, cell.source, _tags(cell)) for cell in cells] for cells in (hand_out.cells, kept)
     ]
-    assert [_tags(cell) for cell in hand_out.cells] == [_tags(cell) for cell in kept]
+    assert whole[0] == whole[1]
     assert hand_out.metadata.kernelspec == full.metadata.kernelspec
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in hand_out.cells)
 
@@ -134,11 +127,8 @@ def test_a_hand_out_runs_from_top_to_bottom(path, hand_outs, tmp_path, request):
     if "smollm2-135m" in path.read_text(encoding="utf-8"):
         request.getfixturevalue("smollm2")
     command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--output-dir", tmp_path]
-    run = subprocess.run(
-        [*command, "--ExecutePreprocessor.timeout=900", hand_outs / path.name],
-        capture_output=True,
-        text=True,
-    )
+    command += ["--ExecutePreprocessor.timeout=900", hand_outs / path.name]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]  # a cell that raises stops it
     cells = _code(tmp_path / path.name)
     assert all(cell.execution_count for cell in cells)

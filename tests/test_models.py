@@ -168,15 +168,16 @@ def test_the_progress_bar_stays_off_where_it_was_off():
         transformers_logging.enable_progress_bar()
 
 
-def test_an_unknown_quantization_is_refused():
-    with pytest.raises(ValueError, match=r'quantization=.int3.: expected None, "nf4" or a BitsAndBytesConfig'):
-        models.load_base("tiny", quantization="int3")
-
-
 def test_dtype_and_device_are_taken():
     model = models.load_base("tiny", dtype=torch.bfloat16, device="cpu")
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model.device.type == "cpu"
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "cpu")}
+
+
+def test_an_unknown_quantization_and_hub_id_are_refused():
+    with pytest.raises(ValueError, match=r'quantization=.int3.: expected None, "nf4" or a BitsAndBytesConfig'):
+        models.load_base("tiny", quantization="int3")
+    with pytest.raises(OSError, match="no-such-owner/no-such-model"):  # without a network
+        models.load_base("no-such-owner/no-such-model")
 
 
 def test_a_folder_with_pickled_weights_only_is_refused(tmp_path):
@@ -197,11 +198,6 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
     with pytest.raises(ValueError, match=r"trust_remote_code|evil"):
         models.load_base(str(tmp_path))
     assert not ran.exists()
-
-
-def test_an_unknown_hub_id_fails_without_a_network():
-    with pytest.raises(OSError, match="no-such-owner/no-such-model"):
-        models.load_base("no-such-owner/no-such-model")
 
 
 def test_smollm2_is_the_model_of_the_wheel(smollm2):

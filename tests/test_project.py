@@ -24,35 +24,29 @@ def test_environment_yml_only_brings_python_and_pip():
     python, pip, by_pip = environment["dependencies"]
     assert pip == "pip"
     assert by_pip == {"pip": ["-c constraints.txt", "-e .[lab,test]"]}
-    extras = {"lab", "test", "benchmark", "colab", "site", "browser"}
-    assert set(PYPROJECT["project"]["optional-dependencies"]) == extras
     assert python.removeprefix("python").split(",")[0] == PYPROJECT["project"]["requires-python"]
     assert environment["name"] == PYPROJECT["project"]["name"]
 
 
 def test_every_import_is_declared():
-    declared = {Requirement(line).name for line in PYPROJECT["project"]["dependencies"]}
-    declared |= {"helpers", "ipykernel", "jupyter_client"}  # the last two: doctor looks whether they are there
+    declared = {Requirement(line).name for line in PYPROJECT["project"]["dependencies"]} | {"helpers"}
+    declared |= {"ipykernel", "jupyter_client"}  # doctor looks whether they are there
     for path in (ROOT / "helpers").rglob("*.py"):
         here = declared | ({"trl"} if path.name == "benchmark.py" else set())  # only there, from the extra
-        for name in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), flags=re.M):
-            assert name in here | sys.stdlib_module_names, f"{path.name} imports {name}"
+        names = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), flags=re.M))
+        assert names <= here | sys.stdlib_module_names, path.name
 
 
-def test_helpers_modules_are_small_and_keep_their_privates():
-    for path in (ROOT / "helpers").rglob("*.py"):
-        source = path.read_text(encoding="utf-8")
-        assert len(source.splitlines()) <= 400, path.name
-        assert not re.search(r"from helpers[.\w]* import [^\n]*\b_[a-z]", source), path.name
-
-
-@pytest.mark.parametrize(
-    "command", ["pip install -c constraints.txt -e .[lab,test]", "pytest", "ruff check .", "ruff format --check ."]
-)
-def test_ci_runs_the_commands_of_the_readme(command):
-    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace('"', "")
-    assert command in script
-    assert command in README.replace('"', "")
+def test_ci_runs_the_commands_of_the_readme():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for command in (
+        'pip install -c constraints.txt -e ".[lab,test]"',
+        "pytest",
+        "ruff check .",
+        "ruff format --check .",
+    ):
+        assert command in script
+        assert command in README
 
 
 def test_the_lock_has_every_dependency_within_its_bound():
@@ -85,15 +79,6 @@ def test_what_installs_the_course_installs_the_lock(file):
         assert "-c constraints.txt" in line or "- -c constraints.txt" in text, f"{file}: {line.strip()}"
 
 
-def test_a_test_that_hangs_is_stopped(tmp_path):
-    (tmp_path / "test_slow.py").write_text("import time\n\ndef test_hangs():\n    time.sleep(60)\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "-o", "timeout=1", "-p"]
-    run = subprocess.run([*command, "no:cacheprovider", str(tmp_path)], capture_output=True, text=True)
-    assert "1 failed" in run.stdout
-    assert "Timeout" in run.stdout
-    assert PYPROJECT["tool"]["pytest"]["ini_options"]["timeout"] > 600  # a cell's own limit
-
-
 def test_the_readme_lists_every_notebook():
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         assert f"(notebooks/{path.name})" in README
@@ -108,12 +93,7 @@ def test_the_version_is_the_same_everywhere():
     assert citation["license"] == PYPROJECT["project"]["license"]
 
 
-def test_the_bug_report_asks_for_the_doctor():
-    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug_report.yml").read_text(encoding="utf-8"))
-    asked = [field for field in form["body"] if "python -m helpers doctor" in str(field)]
-    assert any(field.get("validations", {}).get("required") for field in asked)
-
-
+@pytest.mark.slow
 def test_the_package_ships_its_assets(tmp_path):
     """What a plain (not editable) install gets: the built package has the models, configs and records in it."""
     command = [sys.executable, "-c", "from setuptools import setup; setup()", "-q", "build_py", "-d", str(tmp_path)]
