@@ -26,7 +26,7 @@ def test_every_check_prints_one_line_and_passes(capsys, tmp_path, monkeypatch):
     assert all(line.startswith("[OK]   ") for line in lines)
     assert {line[7:].split(":")[0] for line in lines} == {*CHECKS, *(name for name, _ in requirements())}
     assert last == "All checks passed."
-    assert "`python -m helpers fetch`" in next(line for line in lines if "model cache" in line)
+    assert "`python -m helpers fetch`" in next(line for line in lines if "model cache:" in line)
 
 
 def test_the_packages_are_those_that_the_project_declares():

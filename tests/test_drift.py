@@ -172,5 +172,6 @@ def test_what_a_later_version_drops_or_asks_for_is_found_in_the_course(monkeypat
     assert found.pop(("peft", "peft has no prepare_model_for_kbit_training")) == set(_cells_with(imports))
     ((_, what), places), *others = found.items()
     assert re.match(r"PeftAdapterMixin.add_adapter needs peft>=[\d.]+", what)
-    assert places == set(_cells_with(r"\.add_adapter\("))
+    in_a_try = {"helpers/commands/doctor.py"}
+    assert places == set(_cells_with(r"\.add_adapter\(")) - in_a_try
     assert not others

@@ -1,6 +1,6 @@
 """The course as a web site: the pages against the files that they are made from, and in a browser.
 
-`pytest -m site` runs all of these tests, and `pytest` those that need no browser.
+`pytest -m site --slow` runs all of these tests, and `pytest --slow` those that need no browser.
 """
 
 import base64
@@ -26,7 +26,7 @@ if not os.environ.get("CI"):  # there, what is missing is an error
     pytest.importorskip("sphinx_book_theme", reason="needs the extra site")
 from bs4 import BeautifulSoup  # the theme depends on it
 
-pytestmark = pytest.mark.site
+pytestmark = [pytest.mark.site, pytest.mark.slow]  # the build takes half a minute
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -105,45 +105,35 @@ def test_there_is_a_page_for_every_notebook_and_the_menu_lists_them_in_order(pag
         assert addresses == names
 
 
-def test_every_internal_link_and_asset_is_there(site, pages):
+def test_what_a_page_links_to_and_loads_is_in_the_site(site, pages):
+    """No link or asset within the site is missing, and nothing is loaded from another server."""
     anchors = {path: {tag["id"] for tag in page.find_all(id=True)} for path, page in pages.items()}
-    for path, page in pages.items():
-        internal = [
-            parts for parts in map(urlsplit, links(page) + assets(page)) if not parts.scheme and not parts.netloc
-        ]
-        assert len(internal) > len(NOTEBOOKS)
-        for parts in internal:
-            target = Path(os.path.normpath(path.parent / unquote(parts.path))) if parts.path else path
-            assert target.is_relative_to(site), f"{path.name} links to {parts.geturl()}"
-            assert target.is_file(), f"{path.name} links to {parts.geturl()}"
-            if parts.fragment and target in anchors:
-                assert unquote(parts.fragment) in anchors[target], f"{path.name} links to {parts.geturl()}"
-
-
-def test_a_page_loads_nothing_from_another_server(site, pages):
-    for path, page in pages.items():
-        for address in assets(page):
-            assert not urlsplit(address).netloc, f"{path.name} loads {address}"
+    found = [(path, address) for path, page in pages.items() for address in assets(page)]
     for path in site.rglob("*.css"):
-        for address in re.findall(
-            r"""url\(\s*["']?([^)"']+)|@import\s+["']([^"']+)""", path.read_text(encoding="utf-8")
-        ):
-            address = "".join(address)
-            assert address.startswith("data:") or not urlsplit(address).netloc, f"{path.name} loads {address}"
-            if not address.startswith(("data:", "#")):
-                assert (path.parent / urlsplit(address).path).is_file(), f"{path.name} loads {address}"
+        text = path.read_text(encoding="utf-8")
+        urls = re.findall(r"""url\(\s*["']?([^)"']+)|@import\s+["']([^"']+)""", text)
+        found += [(path, "".join(url)) for url in urls]
+    loaded = [(path, address) for path, address in found if not address.startswith(("data:", "#"))]
+    linked = [(path, address) for path, page in pages.items() for address in links(page) if "://" not in address]
+    assert len(linked) > len(pages) * len(NOTEBOOKS)
+    for path, address in loaded + [pair for pair in linked if not urlsplit(pair[1]).scheme]:
+        parts = urlsplit(address)
+        assert not parts.netloc, f"{path.name} loads {address}"
+        target = Path(os.path.normpath(path.parent / unquote(parts.path))) if parts.path else path
+        assert target.is_relative_to(site), f"{path.name}: {address}"
+        assert target.is_file(), f"{path.name}: {address}"
+        if parts.fragment and target in anchors:
+            assert unquote(parts.fragment) in anchors[target], f"{path.name}: {address}"
 
 
 @each_notebook
 def test_a_page_shows_its_title_code_and_outputs_in_order(path, article):
-    assert article.h1.get_text().rstrip("#") == cells(path, "markdown")[0].source.splitlines()[0].removeprefix(
-        "# "
-    ).replace("`", "")
+    title = cells(path, "markdown")[0].source.splitlines()[0].removeprefix("# ")
+    assert article.h1.get_text().rstrip("#") == title.replace("`", "")
     shown = [squeezed(block.get_text()) for block in article.find_all("pre")]
     for cell in cells(path):
         wanted = [cell.source] + ["".join(o.get("text", o.get("traceback", ""))) for o in cell.outputs]
-        wanted = [squeezed(text) for text in wanted]
-        for text in filter(None, wanted):
+        for text in filter(None, map(squeezed, wanted)):
             assert text in shown, text
             shown = shown[shown.index(text) + 1 :]
 
@@ -191,13 +181,11 @@ def test_every_formula_is_typeset(path, article):
 
 def test_the_front_page_is_the_readme(site, pages):
     article = pages[site / "index.html"].find("article")
-    assert [(site / tag["src"]).read_bytes() for tag in article.find_all("img")] == [
-        (ROOT / ".github/result.png").read_bytes()
-    ]
-    for path in NOTEBOOKS:
-        assert article.find("a", href=f"notebooks/{path.stem}.html")
-    for heading in re.findall(r"^## (.+)", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M):
-        assert article.find(lambda tag, text=heading: tag.name == "h2" and tag.get_text().rstrip("#") == text), heading
+    pictures = [(site / tag["src"]).read_bytes() for tag in article.find_all("img")]
+    assert pictures == [(ROOT / ".github/result.png").read_bytes()]
+    shown = [tag.get_text().rstrip("#") for tag in article.find_all("h2")]
+    assert shown == re.findall(r"^## (.+)", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M)
+    assert set(links(article)) >= {f"notebooks/{path.stem}.html" for path in NOTEBOOKS}
 
 
 @pytest.fixture
@@ -206,9 +194,8 @@ def course(tmp_path):
     root = tmp_path / "course"
     shutil.copytree(ROOT / "docs", root / "docs")
     shutil.copyfile(ROOT / "pyproject.toml", root / "pyproject.toml")
-    (root / "README.md").write_text(
-        "# A course\n\n| 00 | [One](notebooks/00_one.ipynb) |\n|---|---|\n", encoding="utf-8"
-    )
+    readme = "# A course\n\n| 00 | [One](notebooks/00_one.ipynb) |\n|---|---|\n"
+    (root / "README.md").write_text(readme, encoding="utf-8")
     code = nbformat.v4.new_code_cell(f"from pathlib import Path\nPath({str(tmp_path / 'executed')!r}).touch()")
     (root / "notebooks").mkdir()
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# One"), code])
