@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
+DISTRIBUTIONS = metadata.packages_distributions()  # what was installed may have another name than its module
 FAILURES = {"TypeError", "AttributeError", "ValueError", "ImportError", "ModuleNotFoundError", "Exception", "raises"}
 OURS = {  # whose attributes an object has, too: a PeftModel asks its tuner and base, and the course's bases are Llamas
     "PreTrainedModel": [("transformers", "LlamaForCausalLM")],
@@ -73,20 +74,16 @@ class Miss(NamedTuple):
 
 
 class Scope(dict):
-    """What each name of a module or function holds now, and in `ever` all that it held: functions run later."""
+    """What each name of a module or function holds; where that is, and the scope around it."""
 
     def __init__(self, where: str, parent: Scope | None = None) -> None:
-        self.where, self.parent, self.ever = where, parent, {}
+        self.where, self.parent = where, parent
 
     def bind(self, name: str, values: list, maybe: int = 0) -> None:
         self[name] = self.get(name, []) + values if maybe else values
-        self.ever.setdefault(name, []).extend(values)
 
     def look_up(self, name: str) -> list:
-        scope = self.parent
-        while name not in self and scope is not None and name not in scope.ever:
-            scope = scope.parent
-        return self[name] if name in self else UNKNOWN if scope is None else scope.ever[name]
+        return self[name] if name in self else self.parent.look_up(name) if self.parent else UNKNOWN
 
 
 @functools.cache
@@ -199,7 +196,7 @@ def parameters(node: ast.FunctionDef) -> list[ast.arg]:
 
 
 class Drift:
-    """The `misses` of what was read: `file(path)` a module, `notebook(path)` its cells, and then `finish()`."""
+    """The `misses` of what was read: `course(name)` a module, `notebook(path)` its cells, and then `finish()`."""
 
     def __init__(self, root: Path = ROOT) -> None:
         self.root = root
@@ -213,12 +210,6 @@ class Drift:
         self.given: frozenset[str] = frozenset()  # while a function is read for one call: the keys in question,
         self.given_at = ""  # where that call is,
         self.readers: list[ast.FunctionDef] = []  # and the functions on the way
-
-    def file(self, path: Path) -> Scope:
-        if path not in self.modules:
-            self.modules[path] = scope = Scope(path.relative_to(self.root).as_posix())
-            self.read(ast.parse(path.read_text(encoding="utf-8")), scope)
-        return self.modules[path]
 
     def notebook(self, path: Path) -> None:
         scope, self.written = Scope(""), {}
@@ -264,14 +255,9 @@ class Drift:
             self.given, self.given_at, self.maybe = before
 
     def miss(self, library: str, place: str, what: str) -> None:
-        if not library or self.caught:
-            return
-        try:
-            version = metadata.version(library)
-        except metadata.PackageNotFoundError:  # what was installed has another name than its module
-            library = metadata.packages_distributions()[library][0]
-            version = metadata.version(library)
-        self.misses[Miss(library, version, place, what)] = None
+        if library and not self.caught:
+            package = DISTRIBUTIONS.get(library, [library])[0]
+            self.misses[Miss(package, metadata.version(package), place, what)] = None
 
     def each(self, nodes: Iterable[ast.AST], scope: Scope) -> None:
         for node in nodes:
@@ -368,19 +354,20 @@ class Drift:
             case ast.BinOp(left=left, right=right):
                 return self.kinds(left, scope) + self.kinds(right, scope)
             case ast.expr() if not isinstance(node, ast.Constant):
-                values = self.read(node, scope)
-                return [
-                    v for value in values for v in (instances(value.value) if isinstance(value, Found) else UNKNOWN)
-                ]
+                known = [v.value if isinstance(v, Found) else None for v in self.read(node, scope)]
+                return [one for kind in known for one in (instances(kind) if kind else UNKNOWN)]
         return [] if node else UNKNOWN
 
     def course(self, name: str) -> list:
         """A module of the course, which is read and not imported."""
         path = self.root / name.replace(".", "/")
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        if name in self.written:
-            return [self.written[name]]
-        return [self.file(path)] if name.split(".")[0] == "helpers" and path.exists() else []
+        if name in self.written or name.split(".")[0] != "helpers" or not path.exists():
+            return [self.written[name]] if name in self.written else []
+        if path not in self.modules:
+            self.modules[path] = scope = Scope(path.relative_to(self.root).as_posix())
+            self.read(ast.parse(path.read_text(encoding="utf-8")), scope)
+        return [self.modules[path]]
 
     def module(self, name: str, place: str) -> list:
         if ours := self.course(name):
@@ -415,7 +402,7 @@ class Drift:
                     held += UNKNOWN
                 gone.append(value.cls)
             else:
-                held += value.ever.get(name, UNKNOWN) if isinstance(value, Scope) else UNKNOWN
+                held += value.get(name, UNKNOWN) if isinstance(value, Scope) else UNKNOWN
         if gone and not held:
             self.miss(library_of(gone[0]), place, f"{name_of(gone[0])} has no {name}")
         return held or UNKNOWN
@@ -466,7 +453,7 @@ def drift(root: Path = ROOT) -> Drift:
     """Read the whole course."""
     found = Drift(root)
     for path in sorted((root / "helpers").rglob("*.py")):
-        found.file(path)
+        found.course(".".join(path.relative_to(root).with_suffix("").parts))
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         found.notebook(path)
     found.finish()
