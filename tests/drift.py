@@ -35,6 +35,7 @@ FAILURES = {"TypeError", "AttributeError", "ValueError", "ImportError", "ModuleN
 OURS = {  # whose attributes an object has, too: a PeftModel asks its tuner and base, and the course's bases are Llamas
     "PreTrainedModel": [("transformers", "LlamaForCausalLM")],
     "PeftModel": [("peft", "LoraModel"), ("transformers", "LlamaForCausalLM")],
+    "PeftMixedModel": [("peft", "LoraModel"), ("transformers", "LlamaForCausalLM")],
     "PreTrainedConfig": [("transformers", "LlamaConfig")],
 }
 METHODS = types.FunctionType | types.MethodDescriptorType | staticmethod | classmethod
