@@ -114,7 +114,8 @@ class Run:
 
     def __init__(self, model: nn.Module, batch: Mapping | None, optimizer: torch.optim.Optimizer | None) -> None:
         self.model, self.batch = model, batch or {}
-        self.groups, self.optimizer_state = (optimizer.param_groups, optimizer.state) if optimizer else ([], {})
+        self.groups: list[dict] = optimizer.param_groups if optimizer else []
+        self.optimizer_state: Mapping = optimizer.state if optimizer else {}
         self.parameters = dict(model.named_parameters())
         self.trainable = [name for name, p in self.parameters.items() if p.requires_grad]
         self.adapter = [name for name in self.parameters if _in_adapter(name)]

@@ -60,12 +60,11 @@ from transformers import Trainer, TrainingArguments
 UNEXPECTED = "{}: got an unexpected keyword argument '{}'".format
 SEEDED = {  # one line of source, and what is wrong with it
     # What published examples still pass, and transformers 5 has no longer.
-    "TrainingArguments('x', warmup_ratio=0.1)": UNEXPECTED("TrainingArguments", "warmup_ratio"),
+    "TrainingArguments('x', warmup_fraction=0.1)": UNEXPECTED("TrainingArguments", "warmup_fraction"),
     "TrainingArguments('x', evaluation_strategy='no')": UNEXPECTED("TrainingArguments", "evaluation_strategy"),
     "TrainingArguments('x', no_cuda=True)": UNEXPECTED("TrainingArguments", "no_cuda"),
     "TrainingArguments('x', overwrite_output_dir=True)": UNEXPECTED("TrainingArguments", "overwrite_output_dir"),
     "TrainingArguments('x', save_safetensors=True)": UNEXPECTED("TrainingArguments", "save_safetensors"),
-    "TrainingArguments('x', logging_dir='y')": UNEXPECTED("TrainingArguments", "logging_dir"),
     "TrainingArguments('x', group_by_length=True)": UNEXPECTED("TrainingArguments", "group_by_length"),
     "Trainer(model=None, tokenizer=None)": UNEXPECTED("Trainer", "tokenizer"),
     "Trainer(model=None).train(resume=True)": UNEXPECTED("Trainer.train", "resume"),
@@ -76,7 +75,7 @@ SEEDED = {  # one line of source, and what is wrong with it
     "make = tf.Trainer; make.trian": "Trainer has no trian",
     "LoraConfig().merge_weights()": "LoraConfig has no merge_weights",
     "load().add_adaptor(LoraConfig())": "PreTrainedModel has no add_adaptor",
-    "get_peft_model(load(), LoraConfig()).merge()": "PeftModel has no merge",
+    "get_peft_model(load(), LoraConfig()).merge_it()": "PeftModel has no merge_it",
     # Arguments, by the ways in which the course passes them.
     "tf.Trainer(modle=None)": UNEXPECTED("Trainer", "modle"),
     "torch.optim.AdamW([], learning_rate=1)": UNEXPECTED("AdamW", "learning_rate"),

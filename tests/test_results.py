@@ -175,7 +175,7 @@ def test_a_run_is_recorded(course):
 
 @pytest.mark.slow
 def test_slow_tests_are_left_out_unless_asked_for(course):
-    for more, count in (([], "4/6"), (["--slow"], "5/6"), (["-m", "slow"], "1/6")):
+    for more, count in (([], "4/6"), (["--slow"], "5/6"), (["-m", "slow"], "1/6"), (["-m", "offline"], "1/6")):
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests", *more]
         run = subprocess.run(command, cwd=course, capture_output=True, text=True)
         assert f"{count} tests collected" in run.stdout, run.stdout

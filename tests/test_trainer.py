@@ -1,6 +1,7 @@
 """What notebook 05 says about the Trainer: a run resumed after a kill is the run that was not killed, bit by bit."""
 
 import ast
+import inspect
 import json
 import logging
 import math
@@ -224,6 +225,8 @@ CALLS = {
 
 def test_a_published_recipe_fails_for_the_reason_that_the_table_means(tmp_path):
     """The notebook's own run compares each line's end, and that each form on the right runs without a remark."""
+    if "warmup_ratio" in inspect.signature(transformers.TrainingArguments).parameters:
+        pytest.skip("this version of Transformers still takes warmup_ratio")
     arguments = partial(transformers.TrainingArguments, output_dir=str(tmp_path), use_cpu=True, report_to="none")
     names = {"TrainingArguments": arguments, "Trainer": transformers.Trainer, "transformers": transformers}
     names |= {"torch": torch, "TINY": TINY, "tokenizer": load_tokenizer("tiny"), "checkpoint": "no-such-checkpoint"}

@@ -55,8 +55,8 @@ def test_overrides_replace_defaults_and_unknown_names_are_refused(tmp_path):
     arguments = training.training_arguments(tmp_path, learning_rate=0.5, lr_scheduler_type="linear")
     assert arguments.learning_rate == 0.5
     assert arguments.lr_scheduler_type == "linear"
-    with pytest.raises(TypeError, match="warmup_ratio"):
-        training.training_arguments(tmp_path, warmup_ratio=0.1)
+    with pytest.raises(TypeError, match="evaluation_strategy"):
+        training.training_arguments(tmp_path, evaluation_strategy="no")
 
 
 @pytest.mark.parametrize(
