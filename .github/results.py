@@ -32,7 +32,8 @@ def row(name: str, record: dict) -> str:
     if "--nbval-lax" in record["command"]:
         what += " (run, outputs not compared)"
     passed, failed = (record["tests"][key] + cells[key] for key in ("passed", "failed"))
-    return f"| {' | '.join([SETS[name], *versions, f'{day.day} {day:%b %Y}', what, f'{passed:,}', f'{failed:,}'])} |"
+    link = f"[{SETS[name]}](.github/results/{name}.json)"
+    return f"| {' | '.join([link, *versions, f'{day.day} {day:%b %Y}', what, f'{passed:,}', f'{failed:,}'])} |"
 
 
 def part(records: dict[str, dict]) -> str:
@@ -43,7 +44,7 @@ def part(records: dict[str, dict]) -> str:
     exactly = "exactly those of `constraints.txt`" if not lock["off_lock"] else f"not the lock's: {lock['off_lock']}"
     return "\n".join(
         [
-            f"{HEADING} {lock['system']}, {lock['device']}. Each row is a [run](.github/results).",
+            f"{HEADING} {lock['system']}, {lock['device']}; each row links to the record of its run.",
             "",
             "| versions | Python | " + " | ".join(NAMED[1:]) + " | date | what ran | passed | failed |",
             "|---|---|" + "---|" * len(NAMED[1:]) + "---|---|---:|---:|",
