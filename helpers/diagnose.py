@@ -76,9 +76,9 @@ def diagnose(
 ) -> list[Finding]:
     """Look for faults that raise no error and leave a run training badly, or not at all. An empty list is good news.
 
-    Each fault has a function below, whose docstring says when it is one. Looked at are always the
-    model; the optimizer and the batch where they are given; and the gradients: with a batch those
-    of its loss, without one those found in `.grad` if any is not zero.
+    Each fault has a function below, whose docstring says when it is one. The model is
+    always looked at, the optimizer and the batch if they are given. With a batch, so are the
+    gradients of its loss; without one, those in `.grad`, if any is not zero.
 
     The batch takes one forward and one backward pass in train mode, as training will, with the loss
     of the model; call it inside the `torch.autocast` of your loop if it has one. Afterwards all is
@@ -123,12 +123,15 @@ class Run:
 
     @cached_property
     def gradients(self) -> dict[str, str]:
-        """The state of each parameter's gradient, as in `gradient_report`."""
+        """The state of each parameter's gradient, as in `gradient_report`, when first read.
+
+        So only GRADIENT_CHECKS, which run after the backward pass, may read it.
+        """
         return {name: _state(p) for name, p in self.parameters.items()}
 
 
-# One function per finding: its name is the code, it returns the message or None. A tuple below and
-# REMEDIES list it.
+# To add a finding: a function of `run` that returns the message or None, its name in one of the
+# tuples below, and under its code (the name, with hyphens) a remedy in REMEDIES.
 
 
 def no_trainable_parameters(run: Run) -> str | None:
@@ -189,8 +192,8 @@ def not_in_optimizer(run: Run) -> str | None:
 def lr_zero(run: Run) -> str | None:
     """The learning rate of trainable parameters is 0.
 
-    A schedule may start or end there. So where a scheduler has set `initial_lr` above 0, it counts
-    only if lora_B is still exactly zero after two steps: the scheduler is never stepped.
+    A schedule may start or end at 0. So where a scheduler has set `initial_lr` above 0, a rate of 0
+    is a fault only if lora_B is still exactly zero after two steps: nobody steps the scheduler.
     """
     trainable = {run.parameters[name]: name for name in run.trainable}
     still: list[str] = []

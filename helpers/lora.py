@@ -71,7 +71,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """Return a new, frozen linear layer with the weight W_0 + scaling * B A; this layer stays as it is."""
-        if not self.base_layer.weight.is_floating_point():
+        if not self.base_layer.weight.is_floating_point():  # bitsandbytes' Linear4bit is an nn.Linear too
             raise TypeError(f"cannot merge into {self.base_layer.weight.dtype} weights: merge into an unquantized base")
         merged = copy.deepcopy(self.base_layer)
         merged.weight += self.delta_weight()  # in the adapter's dtype, rounded once to the base's
@@ -152,6 +152,7 @@ def _matching_names(model: nn.Module, target_modules: list[str] | str) -> set[st
     modules = {name: module for name, module in model.named_modules() if name}
     if target_modules == "all-linear":
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        # Conv1D (GPT-2) too, so that it is refused by name and not passed over.
         return {n for n, module in modules.items() if isinstance(module, nn.Linear | Conv1D) and module is not head}
     if isinstance(target_modules, str):
         raise ValueError(f'target_modules={target_modules!r}: pass a list, [{target_modules!r}], or "all-linear"')

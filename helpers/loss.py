@@ -20,7 +20,7 @@ Batch = TypeVar("Batch")
 
 
 def label_tokens(labels: torch.Tensor) -> int:
-    """Return how many tokens of `labels` (batch, T) the loss is taken on.
+    """Return the number of label tokens in `labels` (batch, T): those on which the loss is taken.
 
     The token at t is predicted at t - 1, so the first label of a row never counts.
     """
@@ -70,9 +70,9 @@ def accumulated_step(
     """Take one optimizer step on a window of micro-batches, as if they were one large batch.
 
     Loss and gradient equal those of one batch that holds all rows, to rounding, however the rows
-    are split and padded. Three limits: with dropout, the random masks differ; with padding on the
-    left, the first token of a row must not be a label, and the rotary angles are rounded to fp32
-    also in an fp64 model.
+    are split and padded. They differ (1) with dropout, whose masks are random; with padding on the
+    left, (2) where a row's first token is a label, and (3) by fp32 rounding even in an fp64 model,
+    since the rotary angles of the shifted positions are computed in fp32.
 
     Args:
         model: as for `token_loss_sum`.

@@ -46,7 +46,8 @@ def default_settings() -> dict[str, object]:
         "use_cpu": machine.device == "cpu",
         "fp16": machine.dtype == torch.float16,
         "bf16": machine.dtype == torch.bfloat16,
-        "label_names": ["labels"],  # a PeftModel's signature hides it from the Trainer
+        # The Trainer looks for labels in forward's signature, where a PeftModel has **kwargs only.
+        "label_names": ["labels"],
         "dataloader_pin_memory": machine.device == "cuda",
         "disable_tqdm": True,  # the loss is printed instead, see build_trainer
     }
