@@ -127,6 +127,12 @@ def test_two_packages_that_do_not_work_together_are_named_with_the_remedy(clone,
     assert remedy in failed
 
 
+def test_an_adapter_that_trains_something_else_is_noticed(capsys, monkeypatch):
+    monkeypatch.setattr("peft.get_peft_model", lambda model, config: model)
+    assert doctor(only_failures=True) == 1
+    assert "[FAIL] adapter: 951,424 parameters of tiny train" in capsys.readouterr().out
+
+
 def test_fetch_says_where_the_model_is_or_what_went_wrong(capsys, tmp_path, monkeypatch):
     from helpers import fetch
 

@@ -79,6 +79,16 @@ def test_what_installs_the_course_installs_the_lock(file):
         assert "-c constraints.txt" in line or "- -c constraints.txt" in text, f"{file}: {line.strip()}"
 
 
+@pytest.mark.slow
+def test_a_test_that_hangs_is_stopped(tmp_path):
+    (tmp_path / "test_slow.py").write_text("import time\n\ndef test_hangs():\n    time.sleep(60)\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "-o", "timeout=1", "-p"]
+    run = subprocess.run([*command, "no:cacheprovider", str(tmp_path)], capture_output=True, text=True)
+    assert "1 failed" in run.stdout
+    assert "Timeout" in run.stdout
+    assert 600 < PYPROJECT["tool"]["pytest"]["ini_options"]["timeout"] <= 1800  # 600 is a cell's own limit
+
+
 def test_the_readme_lists_every_notebook():
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         assert f"(notebooks/{path.name})" in README
