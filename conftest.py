@@ -30,7 +30,6 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 ROOT = Path(__file__).parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # the notebooks' kernels inherit it
@@ -186,7 +185,7 @@ def off_lock(lock: str) -> dict[str, str]:
         if line.marker is None or line.marker.evaluate():
             with suppress(metadata.PackageNotFoundError):
                 here = metadata.version(line.name)
-                if not line.specifier.contains(Version(here).public, prereleases=True):
+                if not line.specifier.contains(here, prereleases=True):
                     found[line.name] = f"{here}, not {str(line.specifier).removeprefix('==')}"
     return found
 
@@ -213,6 +212,10 @@ def chosen(config: pytest.Config) -> list[str]:
     harmless = re.compile(r"--results=.*|--durations=\d+|-[qv]+|--results|" + re.escape(str(config.option.results)))
     given = [*os.environ.get("PYTEST_ADDOPTS", "").split(), *config.invocation_params.args]
     return [argument for argument in given if not harmless.fullmatch(argument)]
+
+
+# The arguments with which every test runs, and every notebook, compared with the stored outputs.
+EVERYTHING = ["--slow"]
 
 
 class Record:
@@ -259,7 +262,7 @@ class Record:
         machine, smollm2 = profile(), cache_dir() / "smollm2-135m"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         record = {
-            "complete": given == ["--slow"],  # every test and every notebook, compared with the stored outputs
+            "complete": given == EVERYTHING,
             "command": shlex.join(["pytest", *given]),
             "date": datetime.now(UTC).date().isoformat(),
             "device": f"{cores} CPU cores" if machine.device == "cpu" else machine.name,

@@ -179,6 +179,7 @@ def test_slow_tests_are_left_out_unless_asked_for(course):
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests", *more]
         run = subprocess.run(command, cwd=course, capture_output=True, text=True)
         assert f"{count} tests collected" in run.stdout, run.stdout
+        assert ("test_is_slow" in run.stdout) == ("slow" in "".join(more)), run.stdout
 
 
 def _config(*arguments, file="results.json"):
