@@ -95,10 +95,10 @@ def main(packages: list[str]) -> int:
         resolve(tree, old, packages)
         new = (tree / LOCK).read_text(encoding="utf-8")
         changed = changes(old, new)
-        print(*(f"{name}: {step}" for name, step in changed.items()), sep="\n", flush=True)
         if not changed:
             print(f"{LOCK} has the newest versions already.")
             return 0
+        print(*(f"{name}: {step}" for name, step in changed.items()), sep="\n", flush=True)
         if failed := run_tests(tree, []):
             stepped = sorted(changed.keys() & direct(tree))
             print(f"{len(failed)} failed; {LOCK} stays as it was. Which step breaks them?", flush=True)
