@@ -318,7 +318,9 @@ def test_a_model_that_cannot_run_without_data_is_refused():
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
     config = MixtralConfig(**sizes, num_hidden_layers=2, num_key_value_heads=2, num_local_experts=2, eos_token_id=1)
     with pytest.raises(ValueError, match="config: a mixtral model"):
-        memory.estimate_training_memory(config, r=4, quantization="nf4", batch_size=1, sequence_length=8)
+        memory.estimate_training_memory(
+            config, r=4, target_modules=["q_proj"], quantization="nf4", batch_size=1, sequence_length=8
+        )
 
 
 def test_nothing_is_left_behind():

@@ -33,6 +33,7 @@ def test_tiny_is_small_and_plain():
     assert all(m.in_features % 64 == 0 for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
+@pytest.mark.slow
 def test_tiny_knows_its_world(tokenizer):
     """The perplexity that training.json states is the model's, and far below an untrained model's."""
     stated = json.loads((models.TINY / "training.json").read_text())["held_out_perplexity"]
@@ -56,6 +57,7 @@ def _lora_run(model, tokenizer, tmp_path):
     return loss, evaluation.exact_match(model, tokenizer, data.load_commands("test"), batch_size=120).score
 
 
+@pytest.mark.slow
 def test_lora_on_tiny_learns_the_sample_task_and_on_an_untrained_base_does_not(tokenizer, tmp_path):
     pretrained = models.load_base("tiny")
     test = data.load_commands("test")
@@ -69,6 +71,7 @@ def test_lora_on_tiny_learns_the_sample_task_and_on_an_untrained_base_does_not(t
     assert match_untrained == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["nf4", BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")])
 def test_quantization_keeps_the_model_usable(quantization, tokenizer):
     four_bit = models.load_base("tiny", quantization=quantization)

@@ -286,6 +286,7 @@ pieces = st.sampled_from(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300, derandomize=True)
 @given(
     content=st.one_of(st.binary(max_size=60), st.lists(pieces, max_size=12).map(b"".join)),
@@ -320,6 +321,7 @@ def test_normalized():
 texts = st.text(alphabet="aAb .!", min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(prompts=st.lists(texts, min_size=3, max_size=40), seed=st.integers(0, 3))
 def test_no_normalized_prompt_is_in_two_splits_and_no_row_is_lost(prompts, seed):

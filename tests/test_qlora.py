@@ -44,6 +44,7 @@ def _adapter(model):
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(profile().device != "cpu", reason="about the fallback on a CPU")
 def test_on_a_cpu_the_paged_optimizer_is_the_unpaged_one_with_a_warning(rows, tmp_path):
     plain, paged = _qlora(rank=32), _qlora(rank=32)
@@ -107,6 +108,7 @@ def _dequantized(model):
     return plain
 
 
+@pytest.mark.slow
 def test_merging_into_the_dequantized_base_is_exact_and_into_four_bits_is_not(rows):
     model = _qlora(init_lora_weights=False).eval()
     batch = DataCollatorForSeq2Seq(models.load_tokenizer("tiny"))([rows[i] for i in range(4)])
