@@ -61,7 +61,8 @@ def test_the_lower_bounds_are_the_versions_of_the_lowest_record(records):
     for requirement in map(Requirement, PROJECT["dependencies"]):
         bounds = [Version(part.version) for part in requirement.specifier if part.operator == ">="]
         ran = Version(Version(versions[requirement.name]).public)
-        assert requirement.name == "pip" or bounds == [ran], requirement
+        # An extra asks for a newer psutil; its bound is Colab's.
+        assert requirement.name in ("pip", "psutil") or bounds == [ran], requirement
 
 
 @pytest.mark.parametrize("name", [name for name in results.stored() if name.startswith("colab")])
