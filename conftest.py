@@ -195,7 +195,10 @@ def _bytes_of_packages(name: str, extras: frozenset[str], seen: set) -> int:
     if (name, extras) in seen:
         return 0
     total = 0
-    package = metadata.distribution(name)
+    try:
+        package = metadata.distribution(name)
+    except metadata.PackageNotFoundError:  # an extra that is not installed, as on Colab
+        return 0
     if name not in {other for other, _ in seen}:
         files = [Path(file.locate()) for file in package.files or []]
         total = sum(-(-file.stat().st_size // 4096) * 4096 for file in files if file.is_file())  # in blocks of 4 KiB
