@@ -44,8 +44,8 @@ def test_the_lock_s_record_is_of_a_full_run_on_these_versions(records):
         return
     lock = records["lock"]
     assert (lock["complete"], lock["off_lock"]) == (True, {}), lock["command"]
-    # The stored run came before notebooks 10 and 11 were run again, for two names in what they print. Nothing else failed;
-    # the next record is to have no failure at all.
+    # The stored run came before notebooks 10 and 11 were run again, for two names in what they print. Nothing else
+    # failed; the next record is to have no failure at all.
     stale = ("notebooks/10_debugging_clinic.ipynb::", "notebooks/11_scale_out.ipynb::")
     assert [name for name in lock["failed"] if not name.startswith(stale)] == []
     assert set(lock["notebooks"]) == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
