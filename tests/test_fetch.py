@@ -83,7 +83,8 @@ def test_the_model_is_fetched_once(index, tmp_path, monkeypatch):
     assert (folder / "model.safetensors").read_bytes() == MODEL
     manifest = json.loads((folder / fetch.MANIFEST).read_text())
     assert manifest["files"] == {"model.safetensors": hashlib.sha256(MODEL).hexdigest()}
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["fetch.lock", fetch.FOLDER]
+    left = {path.name for path in folder.parent.iterdir()} - {"fetch.lock"}  # some releases of filelock remove it
+    assert left == {fetch.FOLDER}
     if os.name != "nt":
         assert all(file.stat().st_mode & 0o444 == 0o444 for file in folder.iterdir()), "a class can read it"
     monkeypatch.setattr(fetch, "_download", lambda folder: pytest.fail("downloaded again"))
