@@ -139,7 +139,9 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize(
+    "damage", [pytest.param(DAMAGES[name], marks=() if name == "cut" else pytest.mark.slow, id=name) for name in DAMAGES]
+)
 def test_a_damaged_cache_is_fetched_again(index, damage, capsys):
     folder = fetch.fetch_smollm2()
     damage(folder)

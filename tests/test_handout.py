@@ -69,6 +69,7 @@ def hand_outs(tmp_path_factory):
     return folder / "hand_out"
 
 
+@pytest.mark.slow
 @each_notebook
 def test_nothing_is_missing_but_the_solutions(path, hand_outs):
     full = nbformat.read(path, as_version=4)
@@ -97,6 +98,7 @@ def test_exercises_come_in_threes(path):
         assert name in _bound(solution)
 
 
+@pytest.mark.slow
 @each_notebook
 def test_no_later_cell_needs_a_solution(path, hand_outs):
     """Neither a learner's function nor what only a solution defines is used, or overwritten, by another cell."""

@@ -88,7 +88,7 @@ ROWS = st.lists(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("peft", [False, True], ids=["plain", "peft"])
+@pytest.mark.parametrize("peft", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "peft"])
 @given(ROWS, st.integers(1, 4), st.lists(st.integers(0, 3), min_size=7, max_size=7), st.booleans())
 @settings(max_examples=20, deadline=None, derandomize=True)
 def test_equals_one_large_batch_however_it_is_split_and_padded(dtype, peft, shapes, size, extra, left):

@@ -119,7 +119,7 @@ FIELDS = ("name", "r", "quantization", "checkpointing", "rows", "tokens", "padde
 
 @pytest.mark.parametrize(
     FIELDS,
-    [pytest.param(*row, marks=pytest.mark.slow if row[0] != "tiny" or row[-1] == "bfloat16" else ()) for row in TABLE],
+    [pytest.param(*row, marks=() if row in (TABLE[0], TABLE[6]) else pytest.mark.slow) for row in TABLE],
 )
 def test_predicted_and_measured_agree(name, r, quantization, checkpointing, rows, tokens, padded, dtype, request):
     """The static parts agree to the byte, the peak of the step and the total within 3 %. `-s` prints the rows."""
@@ -193,9 +193,13 @@ def test_activations_are_what_autograd_saves(quantization, checkpointing, padded
     [
         pytest.param({"quantization": "nf4", "gradient_checkpointing": True}, marks=pytest.mark.slow),
         {"quantization": "nf4", "optimizer": "adamw_8bit", "dtype": "float32", "padded": True},
-        {"r": None, "gradient_checkpointing": True, "sequence_length": 8},  # the peak is in the optimizer's step
+        # The peak is in the optimizer's step.
+        pytest.param({"r": None, "gradient_checkpointing": True, "sequence_length": 8}, marks=pytest.mark.slow),
         # With two and three layers the peak is at the logits, with more it is in the lowest layer's backward pass.
-        {"r": None, "gradient_checkpointing": True, "optimizer": "adamw_torch_fused", "sequence_length": 32},
+        pytest.param(
+            {"r": None, "gradient_checkpointing": True, "optimizer": "adamw_torch_fused", "sequence_length": 32},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_two_and_three_layers_tell_of_any_number(changes, monkeypatch):
@@ -254,10 +258,10 @@ def test_constants_are_those_that_bitsandbytes_stores(double_quant):
     ("name", "kind"),
     [
         ("adamw_torch", torch.optim.AdamW),
-        ("adamw_torch_fused", torch.optim.AdamW),
-        ("adamw_8bit", bnb.optim.AdamW8bit),
+        pytest.param("adamw_torch_fused", torch.optim.AdamW, marks=pytest.mark.slow),
+        pytest.param("adamw_8bit", bnb.optim.AdamW8bit, marks=pytest.mark.slow),
         ("paged_adamw_8bit", bnb.optim.PagedAdamW8bit),
-        ("sgd", torch.optim.SGD),
+        pytest.param("sgd", torch.optim.SGD, marks=pytest.mark.slow),
     ],
 )
 def test_optimizer_state_is_the_real_one(name, kind):

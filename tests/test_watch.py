@@ -60,9 +60,9 @@ def poison(model, name, backward, value=float("nan")):
     "options",
     [
         {"gradient_accumulation_steps": 2, "max_steps": 2, "weight_decay": 0.1, "lr_scheduler_type": "linear"},
-        {"gradient_checkpointing": True, "max_steps": 2},
-        {"bf16": True, "max_steps": 2},
-        {"eval_strategy": "steps", "eval_steps": 2},
+        pytest.param({"gradient_checkpointing": True, "max_steps": 2}, marks=pytest.mark.slow),
+        pytest.param({"bf16": True, "max_steps": 2}, marks=pytest.mark.slow),
+        pytest.param({"eval_strategy": "steps", "eval_steps": 2}, marks=pytest.mark.slow),
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -78,6 +78,7 @@ def test_a_healthy_run_has_no_finding_and_the_same_weights_and_log(options, tmp_
         assert [e.get(field) for e in plain.state.log_history] == [e.get(field) for e in trainer.state.log_history]
 
 
+@pytest.mark.slow
 def test_modules_to_save_and_an_embedding_adapter_are_healthy(tmp_path):
     for options in ({"modules_to_save": ["norm"]}, {"target_modules": ["embed_tokens", "q_proj"]}):
         trainer, watch = watched(tmp_path, small(**options), max_steps=11)
@@ -109,7 +110,7 @@ def test_hooks_are_gone_after_the_run(stops, tmp_path):
 # What stops a run
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("window", "backward", "place"), [(1, 3, "2, micro-batch 1"), (2, 5, "2, micro-batch 2"),
                                                            (2, 4, "2, micro-batch 1")])  # fmt: skip
 def test_a_gradient_that_is_not_finite_stops_before_the_update(value, window, backward, place, tmp_path):
@@ -299,6 +300,7 @@ class CountedRows(torch.utils.data.Dataset):
         return self.rows[i]
 
 
+@pytest.mark.slow
 def test_the_training_data_is_read_once_for_all_evaluations_and_anew_in_the_next_run(tmp_path):
     rows = clinic.encoded().to_list()
     trained = CountedRows(rows[:20])
@@ -312,6 +314,7 @@ def test_the_training_data_is_read_once_for_all_evaluations_and_anew_in_the_next
     assert codes(watch) == ["evaluation-leak"]
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_indexed_is_watched_without_a_first_batch(tmp_path):
     rows = clinic.encoded().select(range(8)).to_list()
     stream = Dataset.from_list(rows).to_iterable_dataset()
