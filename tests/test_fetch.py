@@ -140,7 +140,8 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(
-    "damage", [pytest.param(DAMAGES[name], marks=() if name == "cut" else pytest.mark.slow, id=name) for name in DAMAGES]
+    "damage",
+    [pytest.param(DAMAGES[name], marks=() if name == "cut" else pytest.mark.slow, id=name) for name in DAMAGES],
 )
 def test_a_damaged_cache_is_fetched_again(index, damage, capsys):
     folder = fetch.fetch_smollm2()
