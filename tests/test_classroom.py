@@ -154,6 +154,7 @@ def test_a_room_is_whole(small, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_room_that_was_cut_off_goes_on(small, tmp_path, monkeypatch):
     def cut_off():
         raise RuntimeError("no network")

@@ -188,6 +188,7 @@ def test_activations_are_what_autograd_saves(quantization, checkpointing, padded
     assert estimate.logits == 3 * 4 * 96 * 768 * 4  # and two gradients beside it, in the backward pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -242,6 +243,7 @@ def test_numbers_computed_by_hand_for_llama_2_7b():
         assert nf4.quantization_constants == four_bit // 64 * bits / 8 + 32 * 7 * books
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_constants_are_those_that_bitsandbytes_stores(double_quant):
     quantized = nn.ModuleList()

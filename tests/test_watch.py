@@ -266,6 +266,7 @@ def test_resumed_with_other_settings(tmp_path):
         assert codes(watch) == ["settings-ignored"] * len(words)
 
 
+@pytest.mark.slow
 def test_an_evaluation_without_dropout_or_in_eval_mode_is_fine(tmp_path):
     for mended, dropout in ((True, 0.3), (False, 0.0)):
         model = small(lora_dropout=dropout)
