@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from helpers.data import encode
+from helpers.data import encode, prompt_ids
 from helpers.loss import label_tokens, token_loss_sum
 
 import pandas as pd
@@ -31,6 +31,10 @@ def exact_match(
 ) -> ExactMatch:
     """Answer every prompt greedily and count the answers that equal the completion after stripping whitespace.
 
+    The model generates as it will for a user: it stops at its own `generation_config.eos_token_id`, and where that is
+    not the token that training taught, the answer goes on and is wrong. Answers and completions are compared as the
+    tokenizer decodes them, since some change a text on the way (NFC); special tokens are part of an answer.
+
     Args:
         model: a causal language model, or a PeftModel around one. Its train or eval mode is restored.
         tokenizer, dataset: the model's tokenizer, and string columns `prompt` and `completion`.
@@ -41,9 +45,10 @@ def exact_match(
     if len(dataset) == 0:
         raise ValueError("the dataset is empty: there is nothing to evaluate")
     prompts, completions = list(dataset["prompt"]), list(dataset["completion"])
-    if max_new_tokens is None:
-        longest = max(map(len, tokenizer(completions, add_special_tokens=False).input_ids))
-        max_new_tokens = longest + 1
+    wanted = tokenizer(completions, add_special_tokens=False).input_ids
+    max_new_tokens = max(map(len, wanted)) + 1 if max_new_tokens is None else max_new_tokens
+    eos = model.generation_config.eos_token_id
+    stops = [eos] if isinstance(eos, int) else eos or []
     answers = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     was_training = model.training
@@ -51,22 +56,23 @@ def exact_match(
     try:
         for start in range(0, len(prompts), batch_size):
             chosen = by_length[start : start + batch_size]
-            inputs = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True, padding_side="left")
+            ids = {"input_ids": [prompt_ids(tokenizer, prompts[i]) for i in chosen]}
+            inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt")
             tokens = model.generate(
                 input_ids=inputs.input_ids.to(model.device),
                 attention_mask=inputs.attention_mask.to(model.device),
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
             )
-            new_tokens = tokens[:, inputs.input_ids.shape[1] :]
-            for i, text in zip(chosen, tokenizer.batch_decode(new_tokens, skip_special_tokens=True), strict=True):
-                answers[i] = text
+            for i, new in zip(chosen, tokens[:, inputs.input_ids.shape[1] :].tolist(), strict=True):
+                end = next((place for place, token in enumerate(new) if token in stops), len(new))
+                answers[i] = tokenizer.decode(new[:end])
     finally:
         model.train(was_training)
     rows = pd.DataFrame({"prompt": prompts, "expected": completions, "answer": answers})
-    rows["correct"] = rows["expected"].str.strip() == rows["answer"].str.strip()
+    decoded = pd.Series([tokenizer.decode(ids) for ids in wanted], dtype=object)
+    rows["correct"] = decoded.str.strip() == rows["answer"].str.strip()
     return ExactMatch(score=float(rows["correct"].mean()), rows=rows)
 
 

@@ -95,7 +95,8 @@ def inject_lora(
         model: any module with nn.Linear layers inside.
         target_modules: names, such as "q_proj" or "layers.0.mlp.up_proj", or "all-linear": every
             linear layer except the output embedding (lm_head) of a transformers model. PEFT has the
-            same rules (see its `check_target_module_exists`), but also takes a regular expression.
+            same rules (see its `check_target_module_exists`), but also takes a regular expression,
+            GPT-2's Conv1D, and experts that are one 3-D parameter: these are refused here.
         r, lora_alpha, lora_dropout, use_rslora: see `LoRALinear`.
 
     Raises:
@@ -151,6 +152,12 @@ def _find_targets(model: nn.Module, target_modules: list[str] | str) -> dict[str
 def _matching_names(model: nn.Module, target_modules: list[str] | str) -> set[str]:
     modules = {name: module for name, module in model.named_modules() if name}
     if target_modules == "all-linear":
+        experts = [name for name, p in model.named_parameters() if "experts" in name and p.dim() == 3]
+        if experts:
+            raise ValueError(
+                f"{experts[0]} holds the matrices of several experts, which PEFT adapts too with all-linear, and this "
+                "code does not; name nn.Linear layers, or use get_peft_model and count its trainable parameters"
+            )
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         # Conv1D (GPT-2) too, so that it is refused by name and not passed over.
         return {n for n, module in modules.items() if isinstance(module, nn.Linear | Conv1D) and module is not head}

@@ -23,9 +23,12 @@ from transformers import PretrainedConfig
 CHOICES = {
     "quantization": (None, "nf4"),
     "dtype": ("float32", "bfloat16", "float16"),
-    "optimizer": ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"),
+    "optimizer": (
+        "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
+        "sgd",
+    ),
     "device": ("cuda", "cpu"),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def estimate_training_memory(
         target_modules: the layers that get an adapter, as for `peft.LoraConfig`.
         quantization: None, or "nf4": all linear layers but the output layer in 4 bits, in blocks of 64, and the other
             weights in fp32, as `load_base(quantization="nf4")` and PEFT's `prepare_model_for_kbit_training` leave them.
+            As in bitsandbytes, GPT-2's Conv1D counts as linear, and experts that are one 3-D parameter do not.
         double_quant: quantize NF4's scales to 8 bits, in blocks of 256.
         dtype: of the base weights, or what 4-bit layers multiply in.
         batch_size, sequence_length: the micro-batch, in rows and tokens.

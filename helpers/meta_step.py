@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # what torch's docum
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.pytorch_utils import Conv1D
 
 STRETCHES = ("forward", "backward above the lowest layer", "backward in the lowest layer", "optimizer")
 PARTS = ("weights", "quantization_constants", "adapters", "optimizer_state", "gradients", "activations", "logits")
@@ -50,11 +51,13 @@ def quantize(model: PreTrainedModel, dtype: torch.dtype, double_quant: bool) -> 
     # bitsandbytes keeps one 8-bit code for the whole process, on the device of its first use: let that one have data.
     bnb.functional.quantize_blockwise(torch.zeros(1))
     constants = []
-    for name, old in [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]:
+    # What transformers' replace_with_bnb_linear takes: GPT-2's Conv1D, with its weight the other way round, too.
+    for name, old in [(name, m) for name, m in model.named_modules() if isinstance(m, Conv1D) or type(m) is nn.Linear]:
         if old is model.get_output_embeddings():
             continue
         options = {"compress_statistics": double_quant, "quant_type": "nf4"}
-        sizes = (old.in_features, old.out_features, old.bias is not None)
+        out, into = reversed(old.weight.shape) if isinstance(old, Conv1D) else old.weight.shape
+        sizes = (into, out, old.bias is not None)
         new = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, device="meta", **options).to(dtype)
         packed, state = bnb.functional.quantize_4bit(new.weight.data, **options)
         new.weight = bnb.nn.Params4bit(packed, quant_state=state, bnb_quantized=True, module=new, **options)
@@ -71,8 +74,8 @@ def optimizer_state(
     name: str, parameters: list[nn.Parameter], foreach: bool
 ) -> tuple[list[torch.Tensor], Callable[[], object]]:
     """Return the state that the optimizer keeps on the device after its first step, and what its steps do."""
-    if name.endswith("8bit"):
-        update = bnb.optim.AdamW8bit(parameters)
+    if name.endswith("bit"):
+        update = bnb.optim.AdamW8bit(parameters) if name.endswith("8bit") else bnb.optim.AdamW(parameters)
         for index, parameter in enumerate(parameters):
             update.init_state(update.param_groups[0], parameter, 0, index)
     else:

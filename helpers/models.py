@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 TINY = Path(__file__).parent / "assets" / "tiny"
+HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def load_base(
@@ -80,6 +81,11 @@ def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def public_name(name: str) -> str:
+    """Return the name by which others know a base model: the hub's, and of a folder its last part and not its path."""
+    return HUB_NAMES.get(name) or (Path(name).resolve().name if Path(name).is_dir() else name)
 
 
 def enable_checkpointing(model: nn.Module, **options: object) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from helpers.diagnose import Finding, diagnose
+from helpers.diagnose import Finding, diagnose, diagnose_batch
 from helpers.loss import label_tokens
 
 import numpy as np
@@ -42,7 +42,8 @@ class DiagnosticsCallback(TrainerCallback):
     all), or an update has made a weight inf or NaN, and it would now be saved.
 
     It warns, and keeps in `findings`, what `helpers.diagnose.diagnose` finds in the model, the optimizer and the first
-    rows before the first step, and these of its own:
+    rows before the first step (not of a stream, which cannot be read twice), and in the labels of each micro-batch; and
+    these of its own:
         settings-ignored: a resumed run uses the checkpoint's learning rate or weight decay, or another lora_alpha
         adapter-not-moving: after ten updates, a tenth of the adapter's entries that had a gradient are what they were
         worse-than-guessing: the logged loss began below ln(vocabulary size), that of a uniform guess, and is above it
@@ -50,8 +51,9 @@ class DiagnosticsCallback(TrainerCallback):
         evaluation-leak: rows of the evaluation data, token by token, are in the training data
 
     Training is not changed: the weights are bit by bit those of a run without it. It costs one forward and backward
-    pass before the first step, a copy of the adapter for ten updates, and a look at each gradient. A loss that is not
-    the model's own (label smoothing, `compute_loss_func`) is not seen, its gradients are.
+    pass before the first step, a copy of the adapter for ten updates, and a look at the labels of each batch and at
+    each gradient. A loss that is not the model's own (label smoothing, `compute_loss_func`) is not seen, its gradients
+    are.
     """
 
     def __init__(self) -> None:
@@ -148,6 +150,9 @@ class DiagnosticsCallback(TrainerCallback):
                 )
             return
         self._window.append(kwargs)
+        for finding in diagnose_batch(model, kwargs) if kwargs.get("labels") is not None else []:
+            place = f"update {self._state.global_step + 1}, micro-batch {len(self._window)}"
+            self._report(finding.code, f"{place}: {finding.message}", finding.remedy)
         loss = getattr(output, "loss", None)
         if loss is None or loss.isfinite().all():
             return
@@ -208,7 +213,8 @@ class LossLines(TrainerCallback):
         logs = kwargs["logs"]
         if not state.is_world_process_zero or not logs:
             return
-        for key, words in (("loss", "loss"), ("eval_loss", "validation loss")):
+        per_token = "eval_loss_per_label_token"  # where compute_metrics returns it: "eval_loss" is a mean over batches
+        for key, words in (("loss", "loss"), (per_token if per_token in logs else "eval_loss", "validation loss")):
             if key in logs:
                 width = len(str(state.max_steps))
                 print(f"step {state.global_step:{width}d} of {state.max_steps}: {words} {logs[key]:.2f}", flush=True)

@@ -12,6 +12,7 @@ from helpers.finetune.checkpoints import IN_PROGRESS, checkpoint_fault, last_com
 import pytest
 import shared
 import torch
+from safetensors.torch import save_file
 from transformers import trainer_jit_checkpoint
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -179,6 +180,24 @@ def test_a_full_model_counts_with_all_of_its_shards(tmp_path):
     assert checkpoint_fault(newest) == f"missing: {shards[-1]}"
 
 
+def test_an_adapter_without_tensors_is_no_checkpoint(run):
+    """peft#2892: a 40-byte file with a whole header, from which the run would go on as from the beginning."""
+    save_file({}, run / "checkpoint-2" / "adapter_model.safetensors", metadata={"format": "pt"})
+    fault = "adapter_model.safetensors has no tensor in it"
+    assert _found(run) == ("checkpoint-1", [f"{run / 'checkpoint-2'} is passed over: {fault}"])
+
+
+@pytest.mark.parametrize(("fp16", "cuda"), [(True, True), (True, False), (False, True)])
+def test_the_loss_scale_of_fp16_on_a_gpu_must_be_there(tmp_path, fp16, cuda):
+    folder = _train(tmp_path, fp16=fp16, max_steps=1) / "checkpoint-1"
+    state = torch.load(folder / "rng_state.pth", weights_only=False)
+    assert "cuda" not in state
+    torch.save(state | ({"cuda": [torch.zeros(16, dtype=torch.uint8)]} if cuda else {}), folder / "rng_state.pth")
+    assert checkpoint_fault(folder) == ("missing: scaler.pt" if fp16 and cuda else None)
+    torch.save({"scale": 1.0}, folder / "scaler.pt")
+    assert checkpoint_fault(folder) is None
+
+
 def test_nothing_is_unpickled(run):
     """A pickle that would run code is read as an archive only."""
 
@@ -186,7 +205,8 @@ def test_nothing_is_unpickled(run):
         def __reduce__(self):
             return os.mkdir, (str(run / "sprung"),)
 
-    torch.save(Trap(), run / "checkpoint-2" / "optimizer.pt")
+    for name in ("training_args.bin", "rng_state.pth", "optimizer.pt"):
+        torch.save(Trap(), run / "checkpoint-2" / name)
     assert zipfile.is_zipfile(run / "checkpoint-2" / "optimizer.pt")
     assert _found(run) == ("checkpoint-2", [])
     assert not (run / "sprung").exists()

@@ -4,7 +4,8 @@ import inspect
 import warnings
 
 from helpers.data import IGNORE_INDEX, load_commands
-from helpers.diagnose import diagnose
+from helpers.diagnose import diagnose, gradient_report
+from helpers.evaluation import completion_loss, exact_match
 from helpers.labs import clinic
 from helpers.labs.clinic_cases import CASES
 from helpers.models import enable_checkpointing, load_tokenizer
@@ -12,6 +13,7 @@ from helpers.watch import DiagnosticsCallback
 
 import pytest
 import torch
+from peft import PeftModel
 
 BY_NAME = {case.build.__name__: case for case in CASES}
 INSIDE = [name for name, case in BY_NAME.items() if case.found_by != "comparison"]
@@ -137,3 +139,72 @@ def test_half_of_the_targets_is_half_of_the_layers(folder):
     sick, fixed = (clinic.half_of_the_targets(folder, state).model for state in (False, True))
     assert len(sick.targeted_module_names) == 8
     assert len(fixed.targeted_module_names) == 20
+
+
+def test_only_the_final_norm_gets_a_gradient_where_checkpointing_cuts_it(folder):
+    for fixed in (False, True):
+        trainer = clinic.gradients_cut(folder, fixed)
+        trainer.model.train()
+        with warnings.catch_warnings(action="ignore"):
+            trainer.model(**first_batch(trainer)).loss.backward()
+        report = gradient_report(trainer.model).query("requires_grad").set_index("name")["state"]
+        (norm,) = [name for name in report.index if "lora_" not in name]
+        assert norm.endswith("model.norm.modules_to_save.default.weight")
+        assert report[norm] == "ok"
+        assert (report.drop(norm) == "no gradient").all() != fixed
+
+
+@pytest.mark.slow
+def test_a_model_that_waits_for_another_eos_goes_on_after_its_answer(folder):
+    tokenizer, questions = load_tokenizer("tiny"), clinic.which_device("validation").select(range(6))
+    sick, fixed = (clinic.eos_of_two_minds(folder, state) for state in (False, True))
+    for trainer in (sick, fixed):
+        trainer.train()
+    answers = exact_match(sick.model, tokenizer, questions, max_new_tokens=12)
+    assert answers.score == 0
+    ended = [f"{row.expected}{tokenizer.eos_token}" for row in answers.rows.itertuples()]
+    assert sum(map(str.startswith, answers.rows["answer"], ended)) >= 5
+    assert exact_match(fixed.model, tokenizer, questions, max_new_tokens=12).score >= 5 / 6
+    weights = zip(sick.model.parameters(), fixed.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+
+
+def test_with_its_tokenizer_the_trainer_would_hide_that(folder):
+    trainer = clinic.eos_of_two_minds(folder)
+    trainer.processing_class, trainer.args.max_steps = load_tokenizer("tiny"), 1
+    trainer.train()
+    assert diagnose(trainer.model, first_batch(trainer)) == []
+
+
+@pytest.mark.slow
+def test_labels_that_are_shifted_twice_teach_the_token_after_the_next(folder):
+    tokenizer, questions = load_tokenizer("tiny"), load_commands("validation").select(range(12))
+    scores, ends = [], []
+    for fixed in (False, True):
+        trainer = clinic.labels_shifted_twice(folder, fixed)
+        row = trainer.train_dataset[0]
+        counts = [place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX]
+        assert [row["labels"][i] for i in counts] == [row["input_ids"][i + (not fixed)] for i in counts]
+        trainer.train()
+        ends.append(sum(entry["loss"] for entry in trainer.state.log_history[-4:-1]) / 3)
+        scores.append(exact_match(trainer.model, tokenizer, questions).score)
+    assert max(ends) < 1
+    assert scores[0] == 0
+    assert scores[1] > 0.25
+
+
+@pytest.mark.slow
+def test_what_a_model_that_is_wrapped_twice_saves_does_not_load_on_the_base(folder, tmp_path):
+    tokenizer, rows = load_tokenizer("tiny"), load_commands("validation")
+    base = completion_loss(clinic.load_tiny(), tokenizer, rows)
+    for fixed in (False, True):
+        with warnings.catch_warnings(action="ignore"):
+            trainer, saved = clinic.cell_run_twice(folder, fixed), tmp_path / str(fixed)
+            trainer.train()
+            trainer.save_model(str(saved))
+            model = PeftModel.from_pretrained(clinic.load_tiny(), saved, is_trainable=True)
+        trained = completion_loss(trainer.model, tokenizer, rows)
+        assert trained < base - 1
+        assert completion_loss(model, tokenizer, rows) == pytest.approx(trained if fixed else base)
+        found = [finding.code for finding in diagnose(model, adapter=saved)]
+        assert found == ([] if fixed else ["adapter-not-loaded"])

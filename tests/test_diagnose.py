@@ -1,6 +1,8 @@
 import copy
 import random
 import re
+import shutil
+import warnings
 from functools import partial
 
 from helpers.data import encode
@@ -11,16 +13,29 @@ import bitsandbytes.functional
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftModel,
+    RandLoraConfig,
+    VeraConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
+from safetensors.torch import load_file, save_file
 from shared import llama, same
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     BitsAndBytesConfig,
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
+    MixtralConfig,
     PreTrainedTokenizerFast,
+    T5Config,
     get_linear_schedule_with_warmup,
 )
 
@@ -284,7 +299,57 @@ def dead(part, value):
     return model.eval(), make_batch()  # looked at as it will be in train mode
 
 
+def changed(**tensors):
+    """The healthy batch with tensors replaced by functions of it."""
+    batch = make_batch()
+    return batch | {key: change(batch) for key, change in tensors.items()}
+
+
+def moved(batch):
+    """Labels as nanoGPT's data sets have them: each is the token that follows."""
+    return torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+
+
+def other_eos(eos):
+    model = peft()
+    model.generation_config.eos_token_id = eos
+    return model
+
+
+def cut_rows(batch):
+    """The second and third row have lost their last two tokens."""
+    labels = batch["labels"].clone()
+    for row, length in ((1, 7), (2, 6)):
+        batch["attention_mask"][row, length - 2 :] = 0
+        labels[row, length - 2 :] = -100
+    return labels
+
+
+def two_adapters(inference):
+    model = peft()
+    model.add_adapter("second", lora())
+    if inference:  # made for inference, and trains: peft#3580
+        model.peft_config["default"].inference_mode = True
+        model.peft_config["second"].inference_mode = True
+    return (model,)
+
+
+def new_token():
+    """A label whose embedding is what `resize_token_embeddings` makes."""
+    base = llama()
+    with torch.no_grad():
+        base.get_input_embeddings().weight[int(make_batch()["input_ids"][0, 3])] = (
+            base.get_input_embeddings().weight.mean(0)
+        )
+    return get_peft_model(base, lora()).train(), make_batch()
+
+
+def settings(**options):
+    return (peft(**options), make_batch())
+
+
 WRONG = ["q_proj", "v_porj", "j_proj"]
+REGEX = r".*\.(self_attn\.(q_proj|query)|mlp\.down_proj)|.*fc1"
 FAULTS = [
     ("base-trainable", "base_model.model.lm_head.weight", lambda: (trains(peft(), "lm_head"), make_batch())),
     ("base-trainable", f": model.embed_tokens.weight, .*and {len(list(llama().parameters())) - 3} more",
@@ -310,6 +375,37 @@ FAULTS = [
     ("zero-gradient", "lora_A", lambda: dead("lora_B", False)),
     ("non-finite-gradient", "lora_B", lambda: with_gradients(1e39)),
     ("non-finite-gradient", "", diverged),
+    ("nested-adapter", "2 times", lambda: (get_peft_model(peft(), lora()).train(), make_batch())),
+    ("idle-adapter", "of 2 adapters, 'second', the last, is frozen", lambda: two_adapters(False)),
+    ("idle-adapter", "'default' was loaded for inference, and trains", lambda: two_adapters(True)),
+    ("tied-target", "lm_head.base_layer.weight", lambda: (
+        get_peft_model(llama(tie_word_embeddings=True), lora(target_modules=["q_proj", "lm_head"])).train(),)),
+    ("unmatched-settings", "target_modules '.*fc1', target_modules 'query'$", lambda: settings(target_modules=REGEX)),
+    ("unmatched-settings", "rank_pattern 'query'$", lambda: settings(rank_pattern={"query": 8, "q_proj": 2})),
+    ("unmatched-settings", "alpha_pattern '.q_proj'$", lambda: settings(alpha_pattern={"^q_proj": 8})),
+    ("unmatched-settings", "rank_pattern 'base_model", lambda: settings(
+        rank_pattern={f"{LAYERS}.0.self_attn.q_proj": 8})),
+    ("unmatched-settings", "rank_pattern 'layers.0.self_attn.q_proj'$", lambda: settings(  # an earlier one takes it
+        rank_pattern={"q_proj": 2, "layers.0.self_attn.q_proj": 8})),
+    ("unmatched-settings", "exclude_modules 'lm_haed'$", lambda: settings(exclude_modules=["lm_haed", "lm_head"])),
+    ("unmatched-settings", "exclude_modules '.*fc.*'$", lambda: settings(exclude_modules=".*fc.*")),
+    ("unmatched-settings", "layers_to_transform 31$", lambda: settings(
+        layers_to_transform=[0, 31], layers_pattern="layers")),
+    ("unmatched-settings", "modules_to_save 'score'$", lambda: settings(modules_to_save=["score"])),
+    ("rows-without-labels", "2 of 3 rows of the batch have no label: 0, 2$", lambda: (
+        peft(), changed(labels=lambda batch: batch["labels"].index_fill(0, torch.tensor([0, 2]), -100)))),
+    ("shifted-labels", "are not the token at their place, and", lambda: (peft(), changed(labels=moved))),
+    ("shifted-labels", "", lambda: (peft(), {  # one row, as in LLMs-from-scratch
+        "input_ids": make_batch()["input_ids"][:1, :-1], "labels": make_batch()["input_ids"][:1, 1:]})),
+    ("mismatched-labels", "1 labels are another token", lambda: (
+        peft(), changed(labels=lambda batch: batch["labels"].where(batch["labels"] != batch["labels"][0, 4], 9)))),
+    ("padding-as-labels", "5 labels are padding", lambda: (
+        peft(), changed(labels=lambda batch: batch["input_ids"].clone()))),
+    ("eos-of-two-minds", "end with token 2, and .*config's eos_token_id is 2, .*generation_config's eos_token_id is 7$",
+     lambda: (other_eos(7), make_batch())),
+    ("eos-of-two-minds", "generation_config's eos_token_id is None$", lambda: (other_eos(None), make_batch())),
+    ("completion-cut", "^2 of 3 completions end without EOS$", lambda: (peft(), changed(labels=cut_rows))),
+    ("untrained-tokens", "tokens [0-9]+$", new_token),
 ]  # fmt: skip
 
 
@@ -327,6 +423,95 @@ def test_a_fault_that_was_mended_is_no_finding():
     assert diagnose(partly_in_eval_mode(LAYERS)[0].train(), make_batch()) == []
     assert "partial-targets" not in codes(second_adapter()[0].merge_and_unload())  # there is no adapter left
     assert diagnose(*with_gradients(1 / 4)) == []
+
+
+def test_experts_that_the_router_passed_over_are_no_fault():
+    class Routed(torch.nn.Module):
+        def __init__(self, mlp):
+            super().__init__()
+            self.experts = torch.nn.ModuleList(copy.deepcopy(mlp) for _ in range(3))
+
+        def forward(self, x):
+            return self.experts[1](x)
+
+    base = llama()
+    for layer in base.model.layers:
+        layer.mlp = Routed(layer.mlp)
+    model = get_peft_model(base, lora(target_modules=["down_proj"])).train()
+    assert diagnose(model, make_batch()) == []
+    for layer in model.get_decoder().layers:  # now none of them is used
+        layer.mlp.forward = lambda x: x * 1.0
+    only(diagnose(model, make_batch()), "no-gradient")
+
+
+@pytest.mark.parametrize("config", [
+    VeraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), LoHaConfig(r=4, target_modules=["q_proj"]),
+    LoKrConfig(r=4, target_modules=["q_proj"]), RandLoraConfig(r=4, target_modules=["q_proj"]),
+], ids=lambda config: type(config).__name__)  # fmt: skip
+def test_parts_of_other_methods_wait_for_the_part_that_is_zero(config):
+    model = get_peft_model(llama(), config).train()
+    assert diagnose(model, make_batch()) == []
+    for layer in model.get_decoder().layers:
+        layer.self_attn.forward = lambda hidden_states, **options: (hidden_states * 1.0, None)
+    assert "no-gradient" in codes(model, make_batch())
+
+
+@pytest.mark.parametrize("experts", [None, ["experts.gate_up_proj", "experts.down_proj"], ["experts.w1"]])
+def test_parameters_of_experts_are_targets_too(experts):
+    config = MixtralConfig(vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=1, eos_token_id=EOS,
+                           num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)  # fmt: skip
+    targets = {"target_modules": "all-linear"}
+    if experts:
+        targets = {"target_modules": ["q_proj"], "target_parameters": experts}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(AutoModelForCausalLM.from_config(config), lora(**targets)).train()
+    found = [finding.message for finding in diagnose(model, make_batch())]
+    assert found == (["a setting matched nothing: target_parameters 'experts.w1'"] if experts == ["experts.w1"] else [])
+
+
+def test_an_adapter_s_file_that_gave_nothing_to_the_model(tmp_path):
+    model, optimizer = (built := peft()), adamw(built, lr=0.1)
+    step(model, optimizer, 2)
+    model.save_pretrained(tmp_path / "good", save_embedding_layers=False)
+    tensors = load_file(tmp_path / "good" / "adapter_model.safetensors")
+    renamed = {name.replace("model.layers", "model.language_model.layers"): tensor for name, tensor in tensors.items()}
+    zero = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    for name, content, said in (
+        ("good", tensors, ""), ("empty", {}, "has 0 tensors"), ("zero", zero, "and no update in them"),
+        ("renamed", renamed, "names that are not in the model: .*language_model"),
+    ):  # fmt: skip
+        if name != "good":
+            shutil.copytree(tmp_path / "good", tmp_path / name)
+        save_file(content, tmp_path / name / "adapter_model.safetensors", metadata={"format": "pt"})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = PeftModel.from_pretrained(llama(), tmp_path / name, is_trainable=True)
+        found = diagnose(loaded.train(), adapter=tmp_path / name)
+        assert re.search(said, only(found, "adapter-not-loaded").message) if said else found == []
+
+
+def test_healthy_ends_of_completions():
+    plain = changed(labels=lambda batch: batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
+    plain["input_ids"][plain["input_ids"] == EOS] = 5  # texts without an end, nothing masked: as in pretraining
+    plain["labels"][plain["labels"] == EOS] = 5
+    assert diagnose(peft(), plain) == []
+    after = changed()  # a chat template's line break after the end of turn, not learned, or learned
+    for learned in (True, False):
+        after["input_ids"][:, -2:] = torch.tensor([EOS, 9])
+        after["attention_mask"][:] = 1
+        after["labels"] = after["input_ids"].clone()
+        after["labels"][:, :2] = -100
+        after["labels"][:, -1] = 9 if learned else -100
+        assert diagnose(peft(), after) == []
+
+
+def test_labels_of_an_encoder_decoder_are_other_tokens():
+    model = AutoModelForSeq2SeqLM.from_config(
+        T5Config(vocab_size=128, d_model=32, d_ff=32, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    batch = changed(labels=lambda batch: batch["input_ids"].flip(1))
+    assert {"shifted-labels", "mismatched-labels"}.isdisjoint(codes(model.train(), batch))
 
 
 def test_adapter_loaded_for_inference(tmp_path):
@@ -424,15 +609,13 @@ def test_padding_with_the_eos_token(tokenizer):
 
 
 def test_eos_that_need_not_be_learned(tokenizer):
-    rows = Dataset.from_list([{"prompt": "a b", "completion": "c d e"}, {"prompt": "a", "completion": "f"}])
+    rows = Dataset.from_list([{"prompt": "a b", "completion": " c d e"}, {"prompt": "a", "completion": " f"}])
     batch = DataCollatorForSeq2Seq(tokenizer)(list(encode(rows, tokenizer)))
-    assert (batch["input_ids"][1] == EOS).sum() == 5  # one in the prompt, one learned, three of padding
+    assert (batch["input_ids"][1] == EOS).sum() == 4  # one learned, three of padding
     assert diagnose(peft(), batch) == []
     truncated = DataCollatorForSeq2Seq(tokenizer)(list(encode(rows, tokenizer, max_length=4)))
     truncated = {key: value[:1] for key, value in truncated.items()}
-    assert EOS in truncated["input_ids"]
-    assert EOS not in truncated["labels"]
-    assert diagnose(peft(), truncated) == []
+    assert only(diagnose(peft(), truncated), "completion-cut").message == "1 of 1 completions end without EOS"
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})  # the remedy
     encoded = [tokenizer(text) for text in ("a b c d e", "b c")]

@@ -1,14 +1,18 @@
 """Exact match and the loss on completions."""
 
+import copy
 import math
 
 from helpers import data, evaluation
 from helpers.models import load_base, load_tokenizer
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import normalizers
+from transformers import GenerationConfig
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,41 @@ def test_batched_generation_answers_as_one_prompt_at_a_time(tiny):
     assert again.score == 0.75
     assert isinstance(again.rows, pd.DataFrame)
     assert again.rows["correct"].tolist() == [True, True, True, False]
+
+
+class Says:
+    """A model that answers with these texts, and then with its EOS or, if it has another, with more text."""
+
+    def __init__(self, tokenizer, answers, eos):
+        self.tokenizer, self.answers, self.training, self.device = tokenizer, answers, False, "cpu"
+        self.generation_config = GenerationConfig(eos_token_id=eos)
+
+    def eval(self):
+        pass
+
+    def train(self, mode):
+        pass
+
+    def generate(self, input_ids, max_new_tokens, pad_token_id, **options):
+        rows = []
+        for prompt in self.tokenizer.batch_decode(input_ids, skip_special_tokens=True):
+            ids = self.tokenizer(self.answers[prompt], add_special_tokens=False).input_ids
+            stops = self.tokenizer.eos_token_id in np.atleast_1d(self.generation_config.eos_token_id)
+            rest = [pad_token_id] if stops else ids
+            rows.append(([*ids, self.tokenizer.eos_token_id] + rest * max_new_tokens)[:max_new_tokens])
+        return torch.cat([input_ids, torch.tensor(rows)], dim=1)
+
+
+def test_a_model_that_never_stops_is_wrong_and_one_that_says_the_completion_is_right(tiny):
+    _, tokenizer = tiny
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    answers = {"a:": " cafe\u0301 ﬁne", "b:": " <|call|> x", "c:": " on"}
+    rows = Dataset.from_list([{"prompt": prompt, "completion": answer} for prompt, answer in answers.items()])
+    for eos, score in ((tokenizer.eos_token_id, 1.0), (7, 0.0), ([7, tokenizer.eos_token_id], 1.0)):
+        assert evaluation.exact_match(Says(tokenizer, answers, eos), tokenizer, rows).score == score, eos
+    assert evaluation.exact_match(Says(tokenizer, dict.fromkeys(answers, " on"), 0), tokenizer, rows).score == 1 / 3
 
 
 def test_evaluation_leaves_mode_and_tokenizer_alone(tiny):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from helpers import data
+from helpers.evaluation import completion_loss
 from helpers.finetune import distributed
 from helpers.finetune import script as finetune
 from helpers.finetune.checkpoints import last_complete_checkpoint
@@ -27,7 +29,7 @@ from accelerate.utils import DistributedType
 from filelock import FileLock
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from transformers.integrations import deepspeed
 
 COMMAND = ["--model", "tiny", "--use_cpu", "true", "--max_steps", "6"]
@@ -215,7 +217,7 @@ def test_a_bad_file_is_named_with_its_row(tmp_path, rows, capsys):
     bad.write_text(rows.read_text(encoding="utf-8") + '{"prompt": "only"}\n', encoding="utf-8")
     assert f"{bad}, line 11: 'completion' is missing" in _error(capsys, "--train", str(bad), *run[:1], run[1] + "2")
     long = _error(capsys, "--train", str(rows), *run[:1], run[1] + "3", more=["--max_length", "5"])
-    assert f"{rows}, row 1: the prompt alone has" in long
+    assert f"{rows}, row 1 and 9 more: the prompt alone has" in long
     validation = ["--validation", str(bad)]
     assert f"{bad}, line 11" in _error(capsys, "--train", str(rows), *run[:1], run[1] + "4", more=validation)
     assert not list(tmp_path.glob("run*/final"))
@@ -331,7 +333,7 @@ def test_a_result_without_an_adapter_is_not_called_final(tmp_path):
         save_model=lambda folder: None,
     )
     with pytest.raises(OSError, match="saved no adapter; with FSDP, set fsdp_state_dict_type"):
-        finetune._write_final(trainer)
+        finetune._write_final(trainer, finetune.FinetuneArguments(train=""))
     assert not list(tmp_path.iterdir())
 
 
@@ -373,9 +375,13 @@ def test_help_names_every_flag(capsys):
 
 def test_csv_and_chat_messages_are_read_as_well(tmp_path, rows):
     tokenizer = load_tokenizer("tiny")
-    read = finetune._rows(str(rows), tokenizer, 512)
+
+    def read_rows(path):
+        return finetune._rows(finetune.FinetuneArguments(train=str(path)), tokenizer)[0]
+
+    read = read_rows(rows)
     data.load_commands("train").select(range(10)).select_columns(["prompt", "completion"]).to_csv(tmp_path / "d.csv")
-    assert finetune._rows(str(tmp_path / "d.csv"), tokenizer, 512)[:] == read[:]
+    assert read_rows(tmp_path / "d.csv")[:] == read[:]
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     )
@@ -384,7 +390,68 @@ def test_csv_and_chat_messages_are_read_as_well(tmp_path, rows):
     turns = [[{"role": role, "content": pair[key]} for role, key in roles] for pair in pairs]
     chat = tmp_path / "chat.jsonl"
     chat.write_text("".join(json.dumps({"messages": two}) + "\n" for two in turns), encoding="utf-8")
-    assert finetune._rows(str(chat), tokenizer, 512)[:] == read[:]
+    assert read_rows(chat)[:] == read[:]
+
+
+def test_a_run_that_diverges_has_another_exit_code_and_no_result(tmp_path, rows, capsys):
+    run = ["--train", str(rows), "--output_dir", str(tmp_path / "run"), "--learning_rate", "5e3"]
+    assert finetune.main([*COMMAND, *run]) == finetune.DIVERGED
+    said = capsys.readouterr()
+    assert re.search(r"^error: update [23], micro-batch 1 .* There is no result\.$", said.err, re.M)
+    assert "ended" not in said.out
+    assert not (tmp_path / "run" / "final").exists()
+    assert not (tmp_path / "run" / "final.unfinished").exists()
+
+
+def test_a_result_that_is_not_finite_is_not_called_final(tmp_path, rows, monkeypatch):
+    """Where nothing watches the run: under FSDP and DeepSpeed."""
+    monkeypatch.setattr(finetune, "DiagnosticsCallback", TrainerCallback)
+    run = ["--train", str(rows), "--output_dir", str(tmp_path / "run"), "--learning_rate", "5e3"]
+    assert finetune.main([*COMMAND, *run]) == finetune.DIVERGED
+    assert not list((tmp_path / "run").glob("final*"))
+
+
+def test_qlora_s_recipe_trains_and_its_card_says_what_was_measured(tmp_path, rows):
+    """In 4 bits and with checkpointing; the loss is that of `completion_loss`, whatever the batches are."""
+    held_out, run = tmp_path / "held_out.jsonl", tmp_path / "run"
+    test = data.load_commands("test").select(range(7))
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in test), encoding="utf-8")
+    recipe = ["--load_in_4bit", "true", "--gradient_checkpointing", "true", "--per_device_eval_batch_size", "2"]
+    given = ["--train", str(rows), "--validation", str(held_out), "--output_dir", str(run)]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert finetune.main([*COMMAND, *given, *recipe]) == finetune.ENDED
+    assert not [str(warning.message) for warning in said if "diagnos" in str(warning.message)]
+    metrics = json.loads((run / "final" / "metrics.json").read_text(encoding="utf-8"))
+    model = PeftModel.from_pretrained(load_base("tiny", quantization="nf4"), run / "final")
+    loss = completion_loss(model, load_tokenizer("tiny"), test)
+    assert metrics["eval_loss_per_label_token"] == pytest.approx(loss, abs=1e-5)
+    assert "eval_loss" not in metrics
+    config = json.loads((run / "final" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == "tiny"
+    card = (run / "final" / "README.md").read_text(encoding="utf-8")
+    assert f"A loss of {loss:.4f} nats per label token on 7 validation rows" in card
+    assert "More Information Needed" not in card
+    assert str(tmp_path) not in card
+    assert "/" not in config["base_model_name_or_path"]
+
+
+def test_what_the_script_says_before_it_trains(tmp_path, rows):
+    """Rows in both files, rows that are cut, and an EOS that the base does not stop at."""
+    base = load_base("tiny", device="cpu")
+    base.config.eos_token_id = base.generation_config.eos_token_id = 2
+    base.save_pretrained(tmp_path / "base")
+    load_tokenizer("tiny").save_pretrained(tmp_path / "base")
+    command = ["--train", str(rows), "--validation", str(rows), "--output_dir", str(tmp_path / "run")]
+    command += ["--model", str(tmp_path / "base"), "--max_steps", "1", "--use_cpu", "true", "--max_length", "40"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert finetune.main(command) == finetune.ENDED
+    said = "\n".join(str(warning.message) for warning in caught)
+    assert f"{rows}: the prompts of 10 of 10 rows (1, 2, 3, 4, 5…) are in {rows} too" in said
+    assert re.search(rf"{re.escape(str(rows))}: \d of 10 rows have more than 40 tokens and lost their end", said)
+    assert "eos-of-two-minds: the labels end with token 0" in said or "completion-cut: " in said
+    assert json.loads((tmp_path / "run/final/adapter_config.json").read_text())["base_model_name_or_path"] == "base"
 
 
 def test_four_bits_are_refused_with_zero_3(tmp_path, rows, capsys, monkeypatch):

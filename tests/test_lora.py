@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -22,6 +23,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MixtralConfig,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -458,3 +460,15 @@ def test_counts_on_the_meta_device(architecture, config, targets, r, exact, publ
 def on_meta(architecture: type[PreTrainedModel], config: object) -> PreTrainedModel:
     with torch.device("meta"):
         return architecture(config)
+
+
+def test_experts_in_one_parameter_are_refused_by_name():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(
+        ValueError, match=r"^model.layers.0.mlp.experts.gate_up_proj holds the matrices of several experts"
+    ):
+        lora_parameter_count(model, "all-linear", 4)
+    assert lora_parameter_count(model, ["q_proj"], 4) == 4 * (32 + 32)

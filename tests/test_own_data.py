@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import time
+import unicodedata
 import zipfile
 from collections import Counter
 
@@ -15,7 +16,7 @@ from helpers.data import encode
 from helpers.finetune.folders import atomic_folder
 from helpers.finetune.own_data import MOST_CHARACTERS, load_examples, normalized, split_examples
 from helpers.makers import own_sample
-from helpers.models import load_tokenizer
+from helpers.models import load_base, load_tokenizer
 
 import pytest
 from datasets import Dataset
@@ -114,9 +115,10 @@ def _check_tokens(path, tokenizer):
         assert encoded["input_ids"] == whole[:last]
         assert encoded["input_ids"].count(tokenizer.eos_token_id) == whole.count(tokenizer.eos_token_id)
         before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+        assert encoded["labels"][len(before) :] == encoded["input_ids"][len(before) :]
         learned = [label for label in encoded["labels"] if label != -100]
-        assert encoded["labels"] == [-100] * len(before) + learned
-        assert tokenizer.decode(learned) == messages[-1]["content"] + tokenizer.eos_token
+        said = [message["content"] + tokenizer.eos_token for message in messages if message["role"] == "assistant"]
+        assert tokenizer.decode(learned) == "".join(said)
         assert row["completion"] == messages[-1]["content"]
 
 
@@ -145,11 +147,9 @@ def test_a_bos_from_template_and_tokenizer_comes_once(tmp_path):
         (None, None, "chat messages need a chat template, which this tokenizer does not have"),
         (CHATML.replace("<|im_end|>", "<end>"), None, "does not render the prompt, the answer and then"),
         (CHATML.replace("{% if add", "goodbye{% if add"), None, "does not render the prompt, the answer and then"),
-        (
-            CHATML + "{% if not add_generation_prompt %}bye{% endif %}",
-            None,
-            "does not render the prompt, the answer and",
-        ),
+        (CHATML + "{% if not add_generation_prompt %}bye{% endif %}", None, "writes 'bye' after <|im_end|>"),
+        (CHATML.replace("m['content'] | trim", "m['content'][1:]"), None, "leaves out a part of the answer"),
+        (CHATML.replace("'<|im_end|>", "'<|im_start|><|im_end|>"), None, "<|im_start|> is in the answer"),
         ("{{ messages[-1]['content'] + eos_token }}", None, "does not render the prompt, the answer and then"),
         ("{{ raise_exception('No system role.') }}", None, "refuses these messages: No system role."),
         (CHATML, "$A <|im_end|>", "adds special tokens that its chat template does not have"),
@@ -161,7 +161,7 @@ def test_templates_that_would_teach_something_else(tmp_path, template, adds, mes
         _adds(tokenizer, adds)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         load_examples(_write_chats(tmp_path), tokenizer)
-    assert "chat.jsonl, line 1: " in str(error.value)
+    assert re.search(r"chat\.jsonl, line 1(, message 2)?: ", str(error.value))
 
 
 # what is refused
@@ -194,6 +194,11 @@ BAD = [  # name, content, the start of the message after the file's name, the re
     ("a.jsonl", b"{" * 9 + b'"a":' + b"[" * 99_999, ", line 1: not ", "line"),
     ("a.jsonl", b'{"a": ' + b"[" * 99_999, ", line 1: not usable JSON", "mend or remove"),
     ("a.jsonl", b'{"prompt": "\\ud83d", "completion": "b"}', ", line 1: 'prompt' has half of a surrogate", "remove it"),
+    ("a.jsonl", GOOD + b'{"prompt": "a\\u0000", "completion": "b"}', ", line 2: 'prompt' has the control character",
+     "remove it"),
+    ("a.jsonl", '{"prompt": "â€œaâ€\x9d", "completion": "b"}'.encode(), ", line 1: 'prompt' has the control character",
+     "U+0080"),
+    ("a.jsonl", GOOD.decode().encode("utf-16-le"), ", line 1: a zero byte", "UTF-16"),
     ("a.jsonl", GOOD + b'{"prompt": "caf\xe9", "completion": "b"}', ", line 2: not UTF-8", "save the file as UTF-8"),
     ("a.jsonl", b"\xef\xbb\xbf" + GOOD + b"\xe9", ", line 2: not UTF-8", "save the file as UTF-8"),
     ("a.csv", b"prompt,completion\na,b\n\xe9,b\n", ", line 3: not UTF-8", "save the file as UTF-8"),
@@ -258,6 +263,50 @@ def test_bad_messages_are_named(tmp_path, chat_tokenizer, messages, message):
         load_examples(path, chat_tokenizer)
 
 
+DROPPED = [
+    (
+        {"messages": [{"role": "assistant", "content": "b", "reasoning_content": "hm"}]},
+        ", message 2: 'reasoning_content'",
+    ),
+    ({"messages": [{"role": "assistant", "content": "b", "tool_calls": [{"f": 1}]}]}, ", message 2: 'tool_calls'"),
+    ({"messages": [{"role": "assistant", "content": "b", "weight": 0}]}, ", message 2: 'weight'"),
+    ({"tools": [{"name": "f"}]}, ": 'tools'"),
+    ({"system": "Be short."}, ": 'system'"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), DROPPED, ids=[message for _, message in DROPPED])
+def test_what_a_template_might_read_is_not_dropped_in_silence(chat_tokenizer, more, message):
+    user, answer = _chat(("user", "a"), ("assistant", "b"))
+    harmless = {"messages": [user | {"name": "Bo"}, answer | {"weight": 1, "tool_calls": None}], "tools": None, "id": 7}
+    assert list(load_examples(Dataset.from_list([harmless] * 2), chat_tokenizer)["completion"]) == ["b", "b"]
+    row = {"messages": [user, *more.get("messages", [answer])]} | {k: v for k, v in more.items() if k != "messages"}
+    with pytest.raises(ValueError, match=re.escape(f"row 1{message} would be dropped")):
+        load_examples(Dataset.from_list([row] * 2), chat_tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_every_answer_of_a_conversation_is_learned_as_with_trl_s_assistant_only_loss(tmp_path):
+    import trl  # not among the packages of the fast tests
+
+    marked = CHATML.replace(
+        "m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}",
+        "m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim + '<|im_end|>' }}"
+        "{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] | trim + '<|im_end|>\n' }}{% endif %}",
+    )
+    tokenizer = _with_template(marked)
+    settings = trl.SFTConfig(str(tmp_path), assistant_only_loss=True, use_cpu=True, report_to="none", max_length=None)
+    rows = Dataset.from_list([{"messages": messages} for messages in CONVERSATIONS])
+    trainer = trl.SFTTrainer(load_base("tiny"), settings, train_dataset=rows, processing_class=tokenizer)
+    for theirs, ours in zip(trainer.train_dataset, encode(load_examples(rows, tokenizer), tokenizer), strict=True):
+        batch, length = trainer.data_collator([theirs]), len(ours["input_ids"])
+        assert batch["input_ids"][0, :length].tolist() == ours["input_ids"]
+        assert batch["labels"][0, :length].tolist() == ours["labels"]
+        assert (batch["labels"][0, length:] == -100).all()  # the template's line break
+    assert [label for label in ours["labels"] if label != -100].count(tokenizer.eos_token_id) == 2
+
+
 def test_two_formats_in_one_file(tmp_path, chat_tokenizer):
     chat = json.dumps({"messages": _chat(("user", "a"), ("assistant", "b"))}).encode()
     ends_twice = GOOD + b'{"prompt": "a", "completion": "b<|im_end|>\\n"}'
@@ -316,6 +365,30 @@ def test_normalized():
     assert normalized("Straße 12") == normalized("STRASSE 12") != normalized("Straße 13")
     assert normalized("e\u0301") == normalized("é")
     assert normalized("?!") == "?!" != normalized("!?")
+    for one, other in (
+        ("दिन", "दान"),
+        ("กิน", "กัน"),
+        ("ကို", "ကူ"),
+        ("كَتَبَ", "كُتُب"),
+        ("ok 👍🏽", "ok 👍🏿"),
+        ("2+2", "2-2"),
+    ):
+        assert normalized(one) != normalized(other)
+    assert normalized("☀️ on") == normalized("☀ on")
+
+
+SCRIPTS = [range(start, start + 0x80) for start in (0x41, 0x600, 0x900, 0x980, 0xE00, 0x1000, 0xAC00, 0x1F300)]
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(
+    st.sampled_from(SCRIPTS).flatmap(lambda part: st.text(st.sampled_from([chr(code) for code in part]), max_size=6))
+)
+def test_no_letter_vowel_sign_or_emoji_of_any_script_is_dropped(text):
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    words = [sign for sign in folded if unicodedata.category(sign)[0] in "LMNS"]
+    if words:
+        assert normalized(text).replace(" ", "").replace("_", "") == "".join(words)
 
 
 texts = st.text(alphabet="aAb .!", min_size=1, max_size=4)

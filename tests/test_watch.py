@@ -9,7 +9,7 @@ from helpers.watch import DiagnosticsCallback
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from shared import llama, same
 from torch import nn
 
@@ -181,6 +181,20 @@ def test_a_loss_that_is_not_finite_says_whether_weights_or_rows_are_to_blame(tmp
     with pytest.raises(FloatingPointError, match="1 parameters hold inf or NaN") as caught:
         train(trainer)
     assert name in str(caught.value)
+
+
+def test_the_labels_of_every_batch_are_looked_at_of_a_stream_too(tmp_path):
+    rows = clinic.encoded().select(range(6)).to_list()
+    rows[5]["labels"] = [-100] * len(rows[5]["labels"])
+    more = {"train_sampling_strategy": "sequential", "max_steps": 3}
+    trainer, watch = watched(tmp_path, rows=Dataset.from_list(rows), **more)
+    train(trainer)
+    [finding] = watch.findings
+    assert finding.message == "update 3, micro-batch 1: 1 of 2 rows of the batch have no label: 1"
+    without_eos = [row | {"labels": [*row["labels"][:-1], -100]} for row in rows[:4]]
+    trainer, watch = watched(tmp_path, rows=IterableDataset.from_generator(lambda: iter(without_eos)), max_steps=1)
+    train(trainer)
+    assert codes(watch) == ["eos-not-learned"]
 
 
 def test_a_batch_without_labels_among_good_ones_is_named(tmp_path):

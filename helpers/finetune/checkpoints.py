@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickletools
 import re
 import warnings
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+SCALER = "scaler.pt"
 STATE = "trainer_state.json"  # the Trainer writes it last
 REQUIRED = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state*.pth", STATE)
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -50,8 +53,10 @@ def checkpoint_fault(checkpoint: str | Path) -> str | None:
     """Say why a run cannot be resumed exactly from a checkpoint, or return None if nothing is found.
 
     A checkpoint is complete if it has the files that a run is resumed from, if each of them reaches its declared end,
-    and if its step is the number in its name. Nothing is unpickled: of the zip archives that `torch.save` writes only
-    the directory at their end is read, of a safetensors file only the header. Damage inside the data is not looked for.
+    if its adapter has a tensor, and if its step is the number in its name. A run in fp16 on a GPU must have its loss
+    scale too, without which it would start again at 65,536. Nothing is unpickled: of the zip archives that `torch.save`
+    writes the directory at their end is read, and the words in two small ones, of a safetensors file the header. Damage
+    inside the data is not looked for.
 
     This holds for the Trainer on one process. Under DDP each process writes a random state, and how many there should
     be is not known here. FSDP and DeepSpeed write other files: their checkpoints count as incomplete. Those of
@@ -68,7 +73,8 @@ def checkpoint_fault(checkpoint: str | Path) -> str | None:
         if not _reaches_its_end(path):
             return f"{path.relative_to(folder).as_posix()} breaks off"
 
-    missing = [pattern.replace("*", "") for pattern in REQUIRED if not any(folder.glob(pattern))]
+    required = (*REQUIRED, SCALER) if _scales_its_loss(folder) else REQUIRED
+    missing = [pattern.replace("*", "") for pattern in required if not any(folder.glob(pattern))]
     adapters = sorted({path.parent for path in files if path.name in ADAPTER})  # further ones lie in their own folders
     parts = [place / name for place in adapters for name in ADAPTER]
     if (folder / SHARDS).exists():
@@ -78,9 +84,31 @@ def checkpoint_fault(checkpoint: str | Path) -> str | None:
     missing += [path.relative_to(folder).as_posix() for path in parts if not path.exists()]
     if missing:
         return f"missing: {', '.join(missing)}"
+    for path in (path for path in parts if path.name == ADAPTER[0]):
+        with safe_open(path, framework="pt") as tensors:
+            if not tensors.keys():
+                return f"{path.relative_to(folder).as_posix()} has no tensor in it"
 
     step = _read_json(folder / STATE).get("global_step")
     return None if folder.name == f"checkpoint-{step}" else f"{STATE} is of step {step}"
+
+
+def _scales_its_loss(folder: Path) -> bool:
+    """Whether the run has fp16=True, and its random state is that of a process with a GPU."""
+    settings, random_states = _words(folder / "training_args.bin"), [*folder.glob("rng_state*.pth")]
+    fp16 = any(word == "fp16" and value is True for word, value in pairwise(settings))
+    return fp16 and any("cuda" in _words(path) for path in random_states)
+
+
+def _words(path: Path) -> list[object]:
+    """Return strings and truth values of a file that `torch.save` wrote, in their order, without unpickling it."""
+    if not path.exists():
+        return []
+    with zipfile.ZipFile(path) as archive:
+        [pickled] = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+    values = {"NEWTRUE": True, "NEWFALSE": False}
+    words = [values.get(code.name, argument) for code, argument, _ in pickletools.genops(pickled)]
+    return [word for word in words if isinstance(word, str | bool)]
 
 
 def _reaches_its_end(path: Path) -> bool:

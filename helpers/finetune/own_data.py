@@ -11,7 +11,6 @@ import csv
 import hashlib
 import io
 import json
-import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,9 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 MOST_CHARACTERS = 100_000  # of a row; about 25,000 tokens of English. csv itself stops at 131,072 for a field
+MESSAGE_KEYS = frozenset({"role", "content", "name", "id", "timestamp", "created_at"})
+ROW_KEYS = ("tools", "functions", "documents", "system")  # beside the messages
+DRAWN = "\ufe0e\ufe0f"  # variation selectors: as text, as a picture
 SHARES = {"train": 0.7, "validation": 0.12, "test": 0.18}
 NOT_TEXT = {  # how files begin that only look like text files by their name
     b"\x1f\x8b": "is compressed with gzip; unpack it first",
@@ -43,7 +45,8 @@ def load_examples(
     A row with chat `messages` becomes a prompt, all but the last message as the tokenizer's chat template renders them
     with `add_generation_prompt=True`, and a completion, the last message without the end of turn. `encode` adds that
     back as the EOS, so that prompt and completion give the tokens of the template's rendering of the whole
-    conversation, up to the EOS. Only the last answer of a conversation is learned.
+    conversation, up to the EOS. Where the assistant speaks more than once, a column `answers` says which parts of the
+    prompt are earlier answers, end of turn included: they are learned as well.
 
     Args:
         source: a UTF-8 file, or a Dataset such as `datasets.load_dataset("owner/name", split="train")` returns. The
@@ -53,22 +56,22 @@ def load_examples(
         prompt, completion: the names of the keys or columns.
 
     Returns:
-        A Dataset with the string columns `prompt` and `completion`, as long as the source and in its order. The strings
-        are not changed, white space at their ends included.
+        A Dataset with the string columns `prompt` and `completion`, and `answers` if need be, as long as the source and
+        in its order. The strings are not changed, white space at their ends included.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file or a row of it cannot be used; the message names the file, the line where there is one (a
             row's first, counted from 1; a Dataset's rows are counted from 1 as well), and what to do about it.
     """
-    examples: list[dict[str, str]] = []
+    examples: list[dict[str, Any]] = []
     for where, row in _rows(source, {prompt, completion}):
         if not examples:
             chat = "messages" in row and prompt not in row
         if chat:
-            question, answer = _from_chat(row, where, tokenizer)
+            question, answer, earlier = _from_chat(row, where, tokenizer)
         else:
-            question, answer = _string(row, prompt, where), _string(row, completion, where)
+            question, answer, earlier = _string(row, prompt, where), _string(row, completion, where), []
         if len(question) + len(answer) > MOST_CHARACTERS:
             raise ValueError(
                 f"{where}: {len(question) + len(answer):,} characters, and {MOST_CHARACTERS:,} are the most; leave the "
@@ -76,11 +79,17 @@ def load_examples(
             )
         if tokenizer and tokenizer.eos_token and answer.rstrip().endswith(tokenizer.eos_token):
             raise ValueError(f"{where}: it ends with {tokenizer.eos_token}, which encode adds; remove it from the file")
-        examples.append({"prompt": question, "completion": answer})
+        if special := [token for token in tokenizer.all_special_tokens if token in answer] if tokenizer else []:
+            raise ValueError(
+                f"{where}: {special[0]} is in the answer, and ends or begins a turn; remove it, or split the row. If "
+                "the chat template writes it, set tokenizer.eos_token to the token that ends a turn"
+            )
+        examples.append({"prompt": question, "completion": answer, "answers": earlier})
     if len(examples) < 2:
         name = "the dataset" if isinstance(source, Dataset) else source
         raise ValueError(f"{name}: {len(examples)} rows; two are the least, and some dozens are a start")
-    return Dataset.from_list(examples)
+    dataset = Dataset.from_list(examples)
+    return dataset if any(example["answers"] for example in examples) else dataset.remove_columns("answers")
 
 
 def _rows(source: str | Path | Dataset, needed: set[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -107,15 +116,14 @@ def _text(path: Path) -> str:
         if raw.startswith(start):
             raise ValueError(f"{path}: {remedy}")
     raw = raw.removeprefix(codecs.BOM_UTF8)
+    if b"\0" in raw:
+        line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
+        raise ValueError(f"{path}, line {line}: a zero byte; save the file as UTF-8 text (UTF-16 has such bytes)")
     try:
-        text = raw.decode()
+        return raw.decode()
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise ValueError(f"{path}, line {line}: a zero byte; save the file as UTF-8 text (UTF-16 has such bytes)")
-    return text
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -186,13 +194,20 @@ def _string(row: Mapping[str, Any], key: str, where: str) -> str:
         )
     value = row[key]
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {key!r} is {str(value)[:40]} ({type(value).__name__}); make it a string, in quotes")
+        hint = ", or read the CSV with keep_default_na=False if it says NA or None" if value is None else ""
+        kind = type(value).__name__
+        raise ValueError(f"{where}: {key!r} is {str(value)[:40]} ({kind}); make it a string, in quotes{hint}")
     if not value.strip():
         raise ValueError(f"{where}: {key!r} is empty; fill it in or remove the row")
     try:
         value.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{where}: {key!r} has half of a surrogate pair, such as a cut emoji; remove it") from None
+    if control := next((sign for sign in value if unicodedata.category(sign) == "Cc" and sign not in "\t\n\r"), ""):
+        raise ValueError(
+            f"{where}: {key!r} has the control character U+{ord(control):04X}; remove it. Between U+0080 and U+009F it "
+            "means that UTF-8 was read in another encoding"
+        )
     return value
 
 
@@ -202,6 +217,8 @@ def _turns(row: Mapping[str, Any], where: str, special_tokens: list[str]) -> lis
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise ValueError(f'{where}: \'messages\' is missing or no list of objects; write [{{"role": …, "content": …}}]')
     turns = [{key: _string(message, key, where) for key in ("role", "content")} for message in messages]
+    for number, message in enumerate(messages, start=1):
+        _refuse_dropped(message, MESSAGE_KEYS, f"{where}, message {number}")
     roles = [turn["role"] for turn in turns]
     dialogue = roles[1:] if roles[:1] == ["system"] else roles
     if not dialogue or dialogue != ["user", "assistant"] * (len(dialogue) // 2):
@@ -215,38 +232,78 @@ def _turns(row: Mapping[str, Any], where: str, special_tokens: list[str]) -> lis
     return turns
 
 
-def _from_chat(row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, str]:
+def _refuse_dropped(row: Mapping[str, Any], harmless: frozenset[str], where: str) -> None:
+    """Refuse what would be dropped in silence, though a chat template or a trainer may read it."""
+    for key, value in row.items():
+        empty = value is None or value == "" or value == [] or value == {}
+        if key not in harmless and not empty and not (key == "weight" and value == 1):
+            raise ValueError(f"{where}: {key!r} would be dropped, and with it what it says; remove the key, or the row")
+
+
+def _from_chat(
+    row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[str, str, list[list[int]]]:
     if tokenizer is None or not tokenizer.chat_template:
         fault = "a tokenizer" if tokenizer is None else "a chat template, which this tokenizer does not have"
         raise ValueError(f"{where}: chat messages need {fault}; load that of an instruct model and pass it")
+    _refuse_dropped({key: row[key] for key in ROW_KEYS if key in row}, frozenset(), where)
     turns = _turns(row, where, tokenizer.all_special_tokens)
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    eos = tokenizer.eos_token or "<no EOS>"
     try:
-        before = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+        befores = [
+            tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True) for i in answers
+        ]
         whole = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception as error:  # templates raise what they like
         raise ValueError(f"{where}: the chat template refuses these messages: {error}") from error
-    answer, _, rest = whole.removeprefix(before).rpartition(tokenizer.eos_token or "<no EOS>")
-    if not whole.startswith(before) or rest.strip():
+    spans = []  # of each answer, its EOS included, in the whole
+    for i, before in zip(answers, befores, strict=True):
+        end = whole.find(eos, len(before)) + len(eos)
+        if not whole.startswith(before) or end < len(before) + len(eos):
+            raise ValueError(
+                f"{where}: the chat template does not render the prompt, the answer and then the tokenizer's EOS, {eos}"
+                "; set tokenizer.eos_token to the token that ends a turn, or write prompts yourself"
+            )
+        if turns[i]["content"].strip() not in whole[len(before) : end]:
+            raise ValueError(
+                f"{where}, message {i + 1}: the chat template leaves out a part of the answer, such as its reasoning; "
+                "take that out yourself, or write prompts and completions"
+            )
+        spans.append([len(before), end])
+    if whole[spans[-1][1] :].strip():
         raise ValueError(
-            f"{where}: the chat template does not render the prompt, the answer and then the tokenizer's EOS, "
-            f"{tokenizer.eos_token}; set tokenizer.eos_token to the token that ends a turn, or write prompts yourself"
+            f"{where}: the chat template writes {whole[spans[-1][1] :].strip()[:40]!r} after {eos}; set "
+            "tokenizer.eos_token to the token that ends a turn, or write prompts yourself"
         )
+    before, answer = befores[-1], whole[spans[-1][0] : spans[-1][1] - len(eos)]
     ids = tokenizer(before, add_special_tokens=False).input_ids
     if tokenizer(before).input_ids != ids:  # the tokenizer adds the BOS that the template has written already
-        before = before.removeprefix(tokenizer.bos_token or "")
+        bos = tokenizer.bos_token or ""
+        before, spans = before.removeprefix(bos), [[start - len(bos), end - len(bos)] for start, end in spans]
         if tokenizer(before).input_ids != ids:
             raise ValueError(f"{where}: the tokenizer adds special tokens that its chat template does not have")
-    return before, answer
+    return before, answer, spans[:-1]
 
 
 def normalized(text: str) -> str:
     """Return the words of a text without case, punctuation and white space: a key for finding duplicates.
 
-    Unicode's NFKC, then casefold, then every run of what is no letter, digit or underscore becomes a space. A text
-    without words is its own key.
+    Unicode's NFKC, then casefold, then every run of punctuation (but the underscore), separators and control characters
+    becomes a space. Letters, digits, the marks that are part of a letter (the vowel signs of दिन and دِن), and symbols
+    with emoji are kept; the signs that only choose how an emoji is drawn are not. A text without any is its own key.
     """
-    words = re.sub(r"\W+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
-    return words or text
+    signs = unicodedata.normalize("NFKC", text).casefold()
+    kept = (
+        sign if sign == "_" or unicodedata.category(sign)[0] in "LNMS" else " " for sign in signs if sign not in DRAWN
+    )
+    return " ".join("".join(kept).split()) or text
+
+
+def shared_prompts(dataset: Dataset, train: Dataset) -> list[int]:
+    """Return which rows of a dataset, counted from 1, have a prompt that is `normalized` in the training rows too."""
+    known = set(map(normalized, train["prompt"]))
+    return [number for number, prompt in enumerate(dataset["prompt"], start=1) if normalized(prompt) in known]
 
 
 def split_examples(dataset: Dataset, shares: Mapping[str, float] = SHARES, seed: int = 0) -> DatasetDict:

@@ -14,38 +14,48 @@ send before they take a machine away, all processes finish the same update, save
 they have 30 seconds for it (--shutdown_timeout). `accelerate launch` with one process keeps the signal to itself: start
 one process with `python -m`.
 
-Exit codes: 0 the run has ended, now or earlier; 2 something is wrong with what was given; 143 stopped by SIGTERM, a
-checkpoint is saved. torchrun itself exits with 1 where a process does not exit with 0.
+The run is watched by DiagnosticsCallback (not under FSDP and DeepSpeed): what it finds is a warning, and a loss,
+gradient or weight that is not finite ends the run without a result.
+
+Exit codes: 0 the run has ended, now or earlier; 2 something is wrong with what was given; 3 the run has diverged; 143
+stopped by SIGTERM, a checkpoint is saved. torchrun itself exits with 1 where a process does not exit with 0.
 """
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import signal
 import sys
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from helpers import training
-from helpers.data import encode
-from helpers.diagnose import diagnose
+from helpers.data import IGNORE_INDEX, encode
+from helpers.diagnose import diagnose, diagnose_batch
 from helpers.finetune.distributed import StopOnSigterm, check_sharding, check_world_size
 from helpers.finetune.folders import atomic_folder, atomic_write_text
-from helpers.finetune.own_data import load_examples
+from helpers.finetune.own_data import load_examples, shared_prompts
 from helpers.finetune.runs import FINAL, UNSHARDED, lock_and_find_checkpoint, record
-from helpers.models import load_base, load_tokenizer
+from helpers.models import load_base, load_tokenizer, public_name
+from helpers.watch import DiagnosticsCallback
 
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from huggingface_hub import ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file
 from torch import distributed
 from transformers import (
     BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
     HfArgumentParser,
     PreTrainedTokenizerBase,
     Trainer,
@@ -55,7 +65,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
-ENDED, WRONG, STOPPED = 0, 2, 128 + signal.SIGTERM
+ENDED, WRONG, DIVERGED, STOPPED = 0, 2, 3, 128 + signal.SIGTERM
 
 
 @dataclass
@@ -88,11 +98,16 @@ def main(command_line: list[str] | None = None) -> int:
         if trainer is None:
             message = f"this run has ended already; its result is in {Path(arguments.output_dir) / FINAL}"
         else:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint)
+                if not stop.stopped:
+                    _write_final(trainer, settings)
+            except FloatingPointError as error:  # the other processes, if any, are ended by torchrun
+                print(f"error: {error} There is no result.", file=sys.stderr)
+                return DIVERGED
             step = trainer.state.global_step
             message = f"SIGTERM: checkpoint-{step} is saved. The same command goes on from there"
             if not stop.stopped:
-                _write_final(trainer)
                 message = f"ended after {step} updates; the result is in {Path(arguments.output_dir) / FINAL}"
         if distributed.is_initialized():
             distributed.barrier()  # until all have written their files
@@ -148,12 +163,24 @@ def _prepare(
         return None, None
 
     tokenizer = load_tokenizer(settings.model)
-    rows = _rows(settings.train, tokenizer, settings.max_length)
-    validation = _rows(settings.validation, tokenizer, settings.max_length) if settings.validation else None
-    model = build_model(settings, arguments, sharded=engine != UNSHARDED)
+    rows, validation = _rows(settings, tokenizer)
+    model = build_model(settings, arguments, sharded=engine != UNSHARDED).train()
     if findings := diagnose(model):
         raise ValueError("; ".join(f"{finding.message}: {finding.remedy}" for finding in findings))
-    trainer = training.build_trainer(model, arguments, tokenizer, rows, validation, callbacks=[stop])
+    first = DataCollatorForSeq2Seq(tokenizer)([rows[i] for i in range(min(8, len(rows)))])
+    for finding in diagnose_batch(model, first):  # here, since the Trainer will set the model's EOS to the tokenizer's
+        warnings.warn(f"{finding.code}: {finding.message}. {finding.remedy}", stacklevel=2)
+    watch = [DiagnosticsCallback()] if engine == UNSHARDED else []  # it would look at parts of sharded weights
+    trainer = training.build_trainer(
+        model,
+        arguments,
+        tokenizer,
+        rows,
+        validation,
+        callbacks=[stop, *watch],
+        compute_metrics=loss_per_label_token,
+        preprocess_logits_for_metrics=loss_and_label_tokens,
+    )
     check_sharding(trainer)
     return trainer, checkpoint
 
@@ -165,11 +192,42 @@ def _engine(arguments: TrainingArguments) -> str:
     return UNSHARDED
 
 
-def _rows(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    try:
-        return encode(load_examples(path, tokenizer), tokenizer, max_length)
-    except ValueError as error:
-        raise ValueError(str(error) if path in str(error) else f"{path}, {error}") from None
+def _rows(settings: FinetuneArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
+    """Return the training and the validation rows, encoded; what they share is named in a warning."""
+    texts, rows = [], []
+    for path in filter(None, (settings.train, settings.validation)):
+        try:
+            texts.append(load_examples(path, tokenizer))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                rows.append(encode(texts[-1], tokenizer, settings.max_length))
+        except ValueError as error:
+            raise ValueError(str(error) if path in str(error) else f"{path}, {error}") from None
+        for warning in caught:
+            warnings.warn(f"{path}: {warning.message}", stacklevel=2)
+    if shared := shared_prompts(texts[1], texts[0]) if settings.validation else []:
+        which = ", ".join(map(str, shared[:5])) + ("…" if len(shared) > 5 else "")
+        warnings.warn(
+            f"{settings.validation}: the prompts of {len(shared)} of {len(texts[1])} rows ({which}) are in "
+            f"{settings.train} too, but for case and punctuation: a leak, which makes the validation loss too good",
+            stacklevel=2,
+        )
+    return rows[0], rows[1] if settings.validation else None
+
+
+def loss_and_label_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the summed loss of each row and its number of label tokens, (batch, 2), to be kept for the metrics."""
+    targets = labels[:, 1:]  # (batch, T - 1)
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return torch.stack([losses.sum(dim=1), (targets != IGNORE_INDEX).sum(dim=1)], dim=1)
+
+
+def loss_per_label_token(evaluation: EvalPrediction) -> dict[str, float]:
+    """Return the loss in nats, where each token counts the same; the Trainer's own is a mean over batches."""
+    total, tokens = evaluation.predictions.astype(float).sum(axis=0)
+    return {"loss_per_label_token": total / tokens}
 
 
 def build_model(settings: FinetuneArguments, arguments: TrainingArguments, sharded: bool = False) -> PeftModel:
@@ -198,10 +256,11 @@ def build_model(settings: FinetuneArguments, arguments: TrainingArguments, shard
     return get_peft_model(model, adapter)
 
 
-def _write_final(trainer: Trainer) -> None:
-    """Write adapter, tokenizer and metrics into a folder beside the final one; rename it when all of it is there."""
+def _write_final(trainer: Trainer, settings: FinetuneArguments) -> None:
+    """Write adapter, tokenizer, metrics and card into a folder beside the final one; rename it when all is there."""
     arguments, log = trainer.args, trainer.state.log_history
     evaluation = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    evaluation.pop("eval_loss", None)  # a mean over batches, which depends on their size
     final = Path(arguments.output_dir) / FINAL
     first = arguments.process_index == 0  # it makes the folder and renames it; the others know its name only
     with atomic_folder(final) if first else nullcontext(Path(f"{final}.unfinished")) as folder:
@@ -213,6 +272,44 @@ def _write_final(trainer: Trainer) -> None:
                 raise OSError(
                     f"{folder}: the Trainer saved no adapter; with FSDP, set fsdp_state_dict_type FULL_STATE_DICT"
                 )
+            tensors = load_file(folder / "adapter_model.safetensors")
+            if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+                raise FloatingPointError(f"{len(broken)} of {len(tensors)} tensors of the result are not finite.")
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
+            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            config["base_model_name_or_path"] = public_name(settings.model)  # and not a folder of this machine
+            atomic_write_text(folder / "adapter_config.json", json.dumps(config, indent=1) + "\n")
+            atomic_write_text(folder / "README.md", card(trainer, settings, evaluation))
             metrics = {"updates": trainer.state.global_step, "processes": arguments.world_size, "log": log}
             atomic_write_text(folder / "metrics.json", json.dumps(metrics | evaluation, indent=1) + "\n")
+
+
+def card(trainer: Trainer, settings: FinetuneArguments, evaluation: Mapping[str, float]) -> str:
+    """Return a model card that says what was trained, and what was measured."""
+    arguments, base = trainer.args, public_name(settings.model)
+    metadata = ModelCardData(base_model=base, library_name="peft", pipeline_tag="text-generation", tags=["lora"])
+    if "/" not in base:
+        metadata.base_model = None  # no name that the hub knows
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    digest = hashlib.sha256(Path(settings.train).read_bytes()).hexdigest()
+    measured = "Nothing: no validation file was given."
+    if evaluation:
+        loss = evaluation["eval_loss_per_label_token"]
+        measured = f"A loss of {loss:.4f} nats per label token on {len(trainer.eval_dataset)} validation rows."
+    return f"""---
+{metadata.to_yaml()}
+---
+# A LoRA adapter for {base}
+
+**Base:** {base}{", in 4 bits (NF4)" if settings.load_in_4bit else ""}.
+**Adapter:** LoRA with r={settings.lora_r}, lora_alpha={settings.lora_alpha}, lora_dropout={settings.lora_dropout} on
+{", ".join(settings.target_modules)}.
+
+**Data:** {len(trainer.train_dataset)} rows, of a file with the SHA-256 `{digest[:16]}…`, cut at {settings.max_length}
+tokens. The loss was taken on completions and answers, EOS included.
+
+**Training:** {trainer.state.global_step} updates of {batch} rows, learning rate {arguments.learning_rate:g}
+({arguments.lr_scheduler_type.value}), seed {arguments.seed}.
+
+**Measured:** {measured} No answer has been generated or compared: do that before you use it.
+"""

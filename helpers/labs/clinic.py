@@ -1,4 +1,4 @@
-"""The patients of notebook 10: sixteen runs of the Trainer that are broken and raise no error.
+"""The patients of notebook 10: nineteen runs of the Trainer that are broken and raise no error.
 
 Each function returns a Trainer over `tiny` and the sample task that has not started. With `fixed=True` it returns the
 same run without the fault, and what differs between the two is all that the function's body is about. `folder` is where
@@ -66,17 +66,18 @@ def new_trainer(
         folder: for what the run saves.
         model: default: `new_adapter()`.
         rows: training rows; default: `encoded()`.
-        more: further arguments of Trainer.
+        more: further arguments of Trainer, which replace the defaults too.
         **settings: fields of TrainingArguments, which replace the defaults.
     """
     tokenizer = load_tokenizer("tiny")
+    options = {"data_collator": DataCollatorForSeq2Seq(tokenizer), "eval_dataset": encoded("validation")} | (more or {})
     defaults = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 1}
     trainer = Trainer(
         model=new_adapter() if model is None else model,
         args=training_arguments(folder, **(defaults | settings)),
         train_dataset=encoded() if rows is None else rows,
-        processing_class=tokenizer,
-        **({"data_collator": DataCollatorForSeq2Seq(tokenizer), "eval_dataset": encoded("validation")} | (more or {})),
+        processing_class=options.pop("processing_class", tokenizer),
+        **options,
     )
     trainer.remove_callback(PrinterCallback)  # it prints timings
     return trainer
@@ -139,8 +140,10 @@ def optimizer_too_early(folder: Path, fixed: bool = False) -> Trainer:
 
 
 def gradients_cut(folder: Path, fixed: bool = False) -> Trainer:
-    """Reentrant checkpointing, LoRA on lm_head too, and no hook that makes the embedding's output need a gradient."""
-    model = new_adapter(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", *MLP, "lm_head"])
+    """Reentrant checkpointing without the hook that makes the embedding's output need a gradient; the final norm
+    trains too.
+    """
+    model = new_adapter(modules_to_save=["model.norm"])
     enable_checkpointing(model, use_reentrant=not fixed)
     model.get_base_model().disable_input_require_grads()
     return new_trainer(folder, model)
@@ -209,6 +212,27 @@ def padded_with_eos(folder: Path, fixed: bool = False) -> Trainer:
     return new_trainer(folder, rows=rows, more={"data_collator": collator}, max_steps=24)
 
 
+def eos_of_two_minds(folder: Path, fixed: bool = False) -> Trainer:
+    """The base's config files name another EOS than the tokenizer's, with which the labels end.
+
+    The Trainer gets the encoded rows and no tokenizer. With one as its `processing_class` it would give the model the
+    tokenizer's EOS, in memory: the base that the adapter is loaded on later would still have its own.
+    """
+    model, tokenizer = new_adapter(), load_tokenizer("tiny")
+    if not fixed:
+        model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.pad_token_id
+    rows = encode(which_device("train"), tokenizer)
+    return new_trainer(folder, model, rows, more={"processing_class": None}, max_steps=24)
+
+
+def labels_shifted_twice(folder: Path, fixed: bool = False) -> Trainer:
+    """The label of each token is the next one, as in a loop of one's own that compares logits with labels directly."""
+    rows = encoded()
+    if not fixed:
+        rows = Dataset.from_list([row | {"labels": [*row["labels"][1:], IGNORE_INDEX]} for row in rows])
+    return new_trainer(folder, rows=rows, max_steps=40)
+
+
 class OwnEvaluation(TrainerCallback):
     """Evaluate on 16 validation rows after each update; `switch_mode` says whether in eval mode, as it should be."""
 
@@ -255,6 +279,16 @@ def duplicates_in_both_splits(folder: Path, fixed: bool = False) -> Trainer:
         rows, held_out = split["train"], split["test"]
     settings = {"learning_rate": 1e-2, "max_steps": 24, "eval_strategy": "steps", "eval_steps": 6}
     return new_trainer(folder, rows=rows, more={"eval_dataset": held_out}, **settings)
+
+
+def cell_run_twice(folder: Path, fixed: bool = False) -> Trainer:
+    """A notebook's cell `model = get_peft_model(model, config)` is run a second time."""
+    model, targets = load_tiny(), ["q_proj", "k_proj", "v_proj", "o_proj", *MLP]
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+    for _ in range(1 if fixed else 2):
+        set_seed(0)
+        model = get_peft_model(model, config)
+    return new_trainer(folder, model)
 
 
 def wrong_base(folder: Path, fixed: bool = False) -> Trainer:

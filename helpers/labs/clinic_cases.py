@@ -83,8 +83,8 @@ CASES = (  # in the order of the notebook
         clinic.gradients_cut,
         {
             "The learning rate is too low": "It is the healthy one; and the rate does not change the first gradient.",
-            "Most of the adapter gets no gradient": "The norm starts at about a quarter of the healthy one, before any "
-            "update: a part is missing.",
+            "Most of what trains gets no gradient": "The norm starts at a tenth of the healthy one or less, before any "
+            "update: a part is missing, and it is the larger one.",
             "The batches are too small": "They are those of the healthy run.",
         },
         1,
@@ -178,6 +178,32 @@ CASES = (  # in the order of the notebook
         "eos-not-learned",
     ),
     Case(
+        clinic.eos_of_two_minds,
+        {
+            "The end of the text was never a label": "Then the model would not write it; it does, after the first "
+            "word, and goes on.",
+            "The model waits for another token": "It writes the end that it has learned, and generation stops at what "
+            "the model's config says.",
+            "It was trained for too few steps": "The word is right, and the end comes after it: there is nothing left "
+            "to learn.",
+        },
+        1,
+        "diagnose",
+        "eos-of-two-minds",
+    ),
+    Case(
+        clinic.labels_shifted_twice,
+        {
+            "It was trained for too few steps": "The mended run below is as long, and answers.",
+            "Generation stops at the wrong token": "Then the answers would begin well, and only their end be wrong.",
+            "It learns the token after the next": "Its answers leave tokens out, and its first loss is that of a model "
+            "that is sure of something else.",
+        },
+        2,
+        "diagnose",
+        "shifted-labels",
+    ),
+    Case(
         clinic.evaluated_in_train_mode,
         {
             "The weights change between the calls": "Nothing steps in between: a forward pass changes no weight here.",
@@ -200,6 +226,18 @@ CASES = (  # in the order of the notebook
         2,
         "callback",
         "evaluation-leak",
+    ),
+    Case(
+        clinic.cell_run_twice,
+        {
+            "The names in the file are not the base's": "Then nothing is loaded, and the fresh adapter that stands in "
+            "its place changes nothing.",
+            "The adapter was saved before the training": "Then the names would be right, and a part of the file zero.",
+            "The base is another one": "It is the one that was trained on, loaded again.",
+        },
+        0,
+        "diagnose",
+        "nested-adapter",
     ),
     Case(
         clinic.wrong_base,
