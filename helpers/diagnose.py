@@ -422,10 +422,10 @@ def eos_not_learned(run: Run) -> str | None:
     ends all rows of the batch. Padding (attention mask 0) and an EOS inside a prompt do not count,
     nor do rows without one.
     """
-    labels, ids = (run.batch.get(key) for key in ("labels", "input_ids"))  # each (batch, T)
     eos, is_label = _eos_ids(run.model), run.labelled
-    if is_label is None or not eos or not label_tokens(labels):
+    if is_label is None or not eos or not label_tokens(run.batch["labels"]):
         return None
+    ids = run.batch["input_ids"]  # (batch, T)
     last = run.attended & ~torch.nn.functional.pad(run.attended[:, 1:], (0, 1))  # (batch, T): the end of each row
     ending = set(ids[last].tolist())
     if len(ids) > 1 and len(ending) == 1 and not is_label[last].any():

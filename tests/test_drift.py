@@ -162,7 +162,8 @@ def test_what_a_later_version_drops_or_asks_for_is_found_in_the_course(monkeypat
     try:
         found = defaultdict(set)
         for miss in drift().misses:
-            found[miss.library, miss.what.split(",")[0]].add(miss.place.split(", line")[0])
+            if miss.library != "trl":  # its SFTTrainer inherits the changed signature
+                found[miss.library, miss.what.split(",")[0]].add(miss.place.split(", line")[0])
     finally:
         signature.cache_clear()
     dropped = found.pop(("transformers", "Trainer: got an unexpected keyword argument 'processing_class'"))

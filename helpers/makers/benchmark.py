@@ -122,7 +122,7 @@ def build(recipe: Recipe, model: Any, tokenizer: Any, steps: int, output_dir: st
     layers = list(range(depth - depth // 3, depth)) if recipe.last_third else None
     options = {"r": recipe.rank, "lora_alpha": 2 * recipe.rank, "task_type": "CAUSAL_LM"}
     lora = LoraConfig(target_modules=list(recipe.targets), layers_to_transform=layers, **options)
-    settings: dict[str, object] = {
+    settings: dict[str, Any] = {
         "max_steps": steps,
         "per_device_train_batch_size": BATCH_SIZE,
         "learning_rate": recipe.learning_rate,
