@@ -48,7 +48,6 @@ from helpers.watch import DiagnosticsCallback
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from huggingface_hub import ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from torch import distributed
@@ -287,9 +286,7 @@ def _write_final(trainer: Trainer, settings: FinetuneArguments) -> None:
 def card(trainer: Trainer, settings: FinetuneArguments, evaluation: Mapping[str, float]) -> str:
     """Return a model card that says what was trained, and what was measured."""
     arguments, base = trainer.args, public_name(settings.model)
-    metadata = ModelCardData(base_model=base, library_name="peft", pipeline_tag="text-generation", tags=["lora"])
-    if "/" not in base:
-        metadata.base_model = None  # no name that the hub knows
+    on_the_hub = f"base_model: {base}\n" if "/" in base else ""
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     digest = hashlib.sha256(Path(settings.train).read_bytes()).hexdigest()
     measured = "Nothing: no validation file was given."
@@ -297,7 +294,10 @@ def card(trainer: Trainer, settings: FinetuneArguments, evaluation: Mapping[str,
         loss = evaluation["eval_loss_per_label_token"]
         measured = f"A loss of {loss:.4f} nats per label token on {len(trainer.eval_dataset)} validation rows."
     return f"""---
-{metadata.to_yaml()}
+{on_the_hub}library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
 ---
 # A LoRA adapter for {base}
 
