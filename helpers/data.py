@@ -78,8 +78,9 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from None
         labels = [IGNORE_INDEX] * len(prompt) + completion
-        for start, end in row.get("answers") or []:
-            offsets = tokenizer(row["prompt"], return_offsets_mapping=True).offset_mapping[: len(prompt)]
+        answers = row.get("answers") or []
+        offsets = tokenizer(row["prompt"], return_offsets_mapping=True).offset_mapping[: len(prompt)] if answers else []
+        for start, end in answers:
             inside = [i for i, (left, right) in enumerate(offsets) if left < end and right > start]
             labels[inside[0] : inside[-1] + 1] = prompt[inside[0] : inside[-1] + 1]
         input_ids, labels = (prompt + completion)[:max_length], labels[:max_length]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from helpers.data import IGNORE_INDEX
+from helpers.evaluation import token_ids
 from helpers.loss import label_tokens
 
 import pandas as pd
@@ -194,6 +195,18 @@ class Run:
         return counts if (labels == ids)[counts].all() else None
 
     @cached_property
+    def wrong_labels(self) -> tuple[int, int]:
+        """How many labels that count are not the token at their place, and how many are the next one."""
+        labels, ids = self.batch.get("labels"), self.batch.get("input_ids")
+        encoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        if encoder or labels is None or ids is None or labels.shape != ids.shape:
+            return 0, 0
+        labels, here = labels[:, 1:], ids[:, 1:]  # (batch, T - 1): the first label never counts
+        following = torch.nn.functional.pad(here[:, 1:], (0, 1), value=IGNORE_INDEX)
+        counts = labels != IGNORE_INDEX
+        return int((counts & (labels != here)).sum()), int((counts & (labels == following)).sum())
+
+    @cached_property
     def last_two(self) -> torch.Tensor | None:
         """The last two tokens of each completion, (completions, 2): of rows whose prompt is masked and whose end is a
         label.
@@ -256,7 +269,7 @@ def idle_adapter(run: Run) -> str | None:
     """
     wrong = []
     for name, config in run.configs.items():
-        mine = [p.requires_grad for key, p in run.parameters.items() if f".{name}." in key and _in_adapter(key)]
+        mine = [p.requires_grad for key, p in run.parameters.items() if f".{name}." in f"{key}." and _in_adapter(key)]
         if mine and any(mine) and config.inference_mode:
             wrong.append(f"{name!r} was loaded for inference, and trains")
         elif mine and not any(mine) and not config.inference_mode and name == [*run.configs][-1] != "ref":
@@ -317,10 +330,11 @@ def adapter_not_loaded(run: Run) -> str | None:
         return None
     path = Path(run.folder) / "adapter_model.safetensors"
     tensors = load_file(path)
-    if not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name or "lora_" not in name):
+    if not any(tensor.any() and tensors.get(_other_half(name), tensor).any() for name, tensor in tensors.items()):
         return f"{path} has {len(tensors)} tensors, and no update in them"
-    here = {re.sub(r"\.(default|modules_to_save\.default)(?=\.|$)", "", name) for name in run.parameters}
-    strange = [name for name in tensors if name not in here and "lora_" in name]
+    adapters = "|".join(map(re.escape, run.configs))  # the file's names are without the adapter's own
+    here = {re.sub(rf"\.({adapters})(?=\.|$)", "", name) for name in run.adapter}
+    strange = [name for name in tensors if name not in here and _in_adapter(name)]
     return f"{path} has names that are not in the model: {_listed(strange)}" if strange else None
 
 
@@ -392,18 +406,18 @@ def rows_without_labels(run: Run) -> str | None:
 
 def shifted_labels(run: Run) -> str | None:
     """The labels are the next token's already, and the model shifts them again: it learns the next but one."""
-    wrong = _wrong_labels(run)
-    if wrong is None or not _shifted(wrong):
+    wrong, following = run.wrong_labels
+    if not wrong or following <= wrong / 2:
         return None
-    return f"{int(wrong[0].sum())} labels are not the token at their place, and {int(wrong[1].sum())} are the next one"
+    return f"{wrong} labels are not the token at their place, and {following} are the next one"
 
 
 def mismatched_labels(run: Run) -> str | None:
     """A label is another token than the one at its place, and not the next one."""
-    wrong = _wrong_labels(run)
-    if wrong is None or not wrong[0].any() or _shifted(wrong):
+    wrong, following = run.wrong_labels
+    if not wrong or following > wrong / 2:
         return None
-    return f"{int(wrong[0].sum())} labels are another token than the input at their place"
+    return f"{wrong} labels are another token than the input at their place"
 
 
 def padding_as_labels(run: Run) -> str | None:
@@ -450,7 +464,7 @@ def eos_of_two_minds(run: Run) -> str | None:
 def completion_cut(run: Run) -> str | None:
     """A completion, its prompt masked, ends without EOS: it was cut, or nobody added one."""
     stops, tails = _stops(run.model), run.last_two
-    if not stops or tails is None or eos_of_two_minds(run):
+    if not stops or tails is None or eos_of_two_minds(run):  # the one or the other
         return None
     cut = int((~_ended(tails, stops)).sum())
     return f"{cut} of {len(tails)} completions end without EOS" if cut else None
@@ -467,9 +481,9 @@ def untrained_tokens(run: Run) -> str | None:
     if labels is None or weight is None or weight.requires_grad or not isinstance(embedding, nn.Embedding):
         return None
     ids = labels[labels != IGNORE_INDEX].unique().to(weight.device)
-    rows = weight.detach().float()  # (vocabulary, hidden)
-    distance = (rows - rows.mean(dim=0)).norm(dim=1)  # (vocabulary,)
-    new = [str(token) for token in ids[distance[ids] < 0.05 * distance.median()].tolist()]
+    mean, some = weight.mean(dim=0, dtype=torch.float32), weight[:: max(1, len(weight) // 1024)]
+    usual = (some - mean).norm(dim=1).median()  # of about a thousand rows, since a float32 copy of all is large
+    new = [str(token) for token in ids[(weight[ids] - mean).norm(dim=1) < 0.05 * usual].tolist()]
     return f"these labels have frozen embeddings that were never trained: tokens {_listed(new)}" if new else None
 
 
@@ -556,13 +570,18 @@ def _waits_for_partner(name: str, run: Run) -> bool:
     In LoRA that is the other half, and this one must not be zero itself. The parts of other methods (VeRA, LoHa, LoKr,
     RandLoRA) wait for a part of the same layer that is zero and gets a gradient.
     """
-    other = HALF.sub(lambda half: half[1] + ("B" if half[2] == "A" else "A"), name)
+    other = _other_half(name)
     if other != name and other in run.parameters:
         partner = run.parameters[other]
         return bool(run.parameters[name].any() and not partner.any() and partner.requires_grad)
     layer = f"{name.rsplit('.', 2)[0]}."
     parts = [part for part in run.trainable if part.startswith(layer) and part != name]
     return any(run.gradients[part] == "ok" and not run.parameters[part].any() for part in parts)
+
+
+def _other_half(name: str) -> str:
+    """Return the name of the other half of an adapter; of a parameter that is no half, its own."""
+    return HALF.sub(lambda half: half[1] + ("B" if half[2] == "A" else "A"), name)
 
 
 def _lora_configs(run: Run) -> list:
@@ -597,48 +616,32 @@ def _dead_alternatives(regex: str, names: Collection[str]) -> list[str]:
 
     An alternative takes part if a group around it, named probe, has matched something.
     """
-    opened, groups = [[0]], []  # of each open group: its start and the places of its bars
+    flags = re.match(r"(\(\?[aiLmsux]+\))?", regex)  # these may stand at the beginning only
+    opened = [[flags.end() if flags else 0]]  # of each open group: its start and the places of its bars
+    groups: list[list[int]] = []
     plain = re.sub(r"\\.|\[[^]]*\]", lambda part: "_" * len(part[0]), regex)  # no bar or bracket in it is one
-    for place, sign in enumerate(plain):
+    for place, sign in enumerate(plain[opened[0][0] :], start=opened[0][0]):
         if sign == "(":
             opened.append([place + 1 + (2 if plain.startswith("?:", place + 1) else 0)])
         elif sign == "|":
             opened[-1].append(place)
         elif sign == ")":
             groups.append([*opened.pop(), place])
-    groups.append([*opened.pop(), len(regex)])
+    groups = [group for group in groups if len(group) > 2 and plain[group[0]] != "?"]  # no look-ahead, no named group
     dead = []
-    for start, *bars, end in groups:
+    for start, *bars, end in [*groups, [*opened.pop(), len(regex)]]:
         for left, right in pairwise([start - 1, *bars, end]):
             probe = re.compile(f"{regex[: left + 1]}(?P<probe>{regex[left + 1 : right]}){regex[right:]}")
-            used = any(match["probe"] is not None for match in map(probe.fullmatch, names) if match)
-            if not used and (bars or end == len(regex)):
+            if not any(match["probe"] is not None for match in map(probe.fullmatch, names) if match):
                 dead.append(regex[left + 1 : right])
     return dead
-
-
-def _wrong_labels(run: Run) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return which labels that count are not the token at their place, and which are the next, both (batch, T - 1)."""
-    labels, ids = run.batch.get("labels"), run.batch.get("input_ids")
-    encoder = getattr(getattr(run.model, "config", None), "is_encoder_decoder", False)
-    if encoder or labels is None or ids is None or labels.shape != ids.shape:
-        return None
-    labels, here = labels[:, 1:], ids[:, 1:]  # the first label never counts
-    following = torch.nn.functional.pad(here[:, 1:], (0, 1), value=IGNORE_INDEX)
-    return (labels != IGNORE_INDEX) & (labels != here), (labels != IGNORE_INDEX) & (labels == following)
-
-
-def _shifted(wrong: tuple[torch.Tensor, torch.Tensor]) -> bool:
-    return bool(wrong[0].any() and wrong[1].sum() > 0.5 * wrong[0].sum())
 
 
 def _stops(model: nn.Module) -> set[int] | None:
     """Return the tokens at which `generate` stops; None for a model that has no config."""
     if getattr(model, "config", None) is None:
         return None
-    holder = getattr(model, "generation_config", None) or model.config
-    eos = holder.eos_token_id
-    return set([eos] if isinstance(eos, int) else eos or [])
+    return token_ids((getattr(model, "generation_config", None) or model.config).eos_token_id)
 
 
 def _ended(tails: torch.Tensor, stops: Collection[int]) -> torch.Tensor:
@@ -651,11 +654,8 @@ def _in_adapter(name: str) -> bool:
 
 
 def _eos_ids(model: nn.Module) -> set[int]:
-    ids: set[int] = set()
-    for holder in ("config", "generation_config"):
-        eos = getattr(getattr(model, holder, None), "eos_token_id", None)
-        ids.update([eos] if isinstance(eos, int) else eos or [])
-    return ids
+    holders = (getattr(model, name, None) for name in ("config", "generation_config"))
+    return set().union(*(token_ids(getattr(holder, "eos_token_id", None)) for holder in holders))
 
 
 def _listed(names: list[str]) -> str:

@@ -13,6 +13,11 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 
+def token_ids(eos_token_id: int | list[int] | None) -> set[int]:
+    """Return the ids of a config's eos_token_id, which is one, several or none."""
+    return {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or [])
+
+
 class ExactMatch(NamedTuple):
     """The result of `exact_match`: `score` from 0 to 1, and `rows`, a table of prompt, expected, answer, correct."""
 
@@ -47,8 +52,7 @@ def exact_match(
     prompts, completions = list(dataset["prompt"]), list(dataset["completion"])
     wanted = tokenizer(completions, add_special_tokens=False).input_ids
     max_new_tokens = max(map(len, wanted)) + 1 if max_new_tokens is None else max_new_tokens
-    eos = model.generation_config.eos_token_id
-    stops = [eos] if isinstance(eos, int) else eos or []
+    stops = token_ids(model.generation_config.eos_token_id)
     answers = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     was_training = model.training

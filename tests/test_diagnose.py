@@ -425,6 +425,14 @@ def test_a_fault_that_was_mended_is_no_finding():
     assert diagnose(*with_gradients(1 / 4)) == []
 
 
+@pytest.mark.parametrize("regex", [
+    r"(?!.*lm_head|.*layers\.9).*q_proj", r".*\.(?:q_proj|v_proj)", r".*\.(?P<which>q_proj|nothing)", r".*[qv]_proj",
+    r"(?i).*Q_PROJ", r"(?i).*Q_PROJ|.*V_PROJ",
+])  # fmt: skip
+def test_regular_expressions_of_every_kind_are_read(regex):
+    assert diagnose(peft(target_modules=regex)) == []
+
+
 def test_experts_that_the_router_passed_over_are_no_fault():
     class Routed(torch.nn.Module):
         def __init__(self, mlp):
@@ -489,6 +497,17 @@ def test_an_adapter_s_file_that_gave_nothing_to_the_model(tmp_path):
             loaded = PeftModel.from_pretrained(llama(), tmp_path / name, is_trainable=True)
         found = diagnose(loaded.train(), adapter=tmp_path / name)
         assert re.search(said, only(found, "adapter-not-loaded").message) if said else found == []
+
+
+def test_an_adapter_of_another_name_and_one_on_the_embedding_are_loaded(tmp_path):
+    """In the embedding's adapter it is A that begins as zero."""
+    for name, options in (("tickets", {}), ("default", {"target_modules": ["embed_tokens"]})):
+        model = get_peft_model(llama(), lora(**options), adapter_name=name)
+        step(model.train(), adamw(model, lr=0.1), 2)
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+        folder = next((tmp_path / name).rglob("adapter_model.safetensors")).parent
+        loaded = PeftModel.from_pretrained(llama(), folder, adapter_name=name, is_trainable=True)
+        assert diagnose(loaded.train(), adapter=folder) == []
 
 
 def test_healthy_ends_of_completions():

@@ -24,7 +24,6 @@ stopped by SIGTERM, a checkpoint is saved. torchrun itself exits with 1 where a 
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import os
 import signal
@@ -41,7 +40,7 @@ from helpers.diagnose import diagnose, diagnose_batch
 from helpers.finetune.distributed import StopOnSigterm, check_sharding, check_world_size
 from helpers.finetune.folders import atomic_folder, atomic_write_text
 from helpers.finetune.own_data import load_examples, shared_prompts
-from helpers.finetune.runs import FINAL, UNSHARDED, lock_and_find_checkpoint, record
+from helpers.finetune.runs import FINAL, SETTINGS, UNSHARDED, lock_and_find_checkpoint, record
 from helpers.models import load_base, load_tokenizer, public_name
 from helpers.watch import DiagnosticsCallback
 
@@ -288,7 +287,7 @@ def card(trainer: Trainer, settings: FinetuneArguments, evaluation: Mapping[str,
     arguments, base = trainer.args, public_name(settings.model)
     on_the_hub = f"base_model: {base}\n" if "/" in base else ""
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    digest = hashlib.sha256(Path(settings.train).read_bytes()).hexdigest()
+    trained_on = json.loads((Path(arguments.output_dir) / SETTINGS).read_text(encoding="utf-8"))["train"]
     measured = "Nothing: no validation file was given."
     if evaluation:
         loss = evaluation["eval_loss_per_label_token"]
@@ -305,7 +304,7 @@ tags:
 **Adapter:** LoRA with r={settings.lora_r}, lora_alpha={settings.lora_alpha}, lora_dropout={settings.lora_dropout} on
 {", ".join(settings.target_modules)}.
 
-**Data:** {len(trainer.train_dataset)} rows, of a file with the SHA-256 `{digest[:16]}…`, cut at {settings.max_length}
+**Data:** {len(trainer.train_dataset)} rows, of a file with the SHA-256 `{trained_on}…`, cut at {settings.max_length}
 tokens. The loss was taken on completions and answers, EOS included.
 
 **Training:** {trainer.state.global_step} updates of {batch} rows, learning rate {arguments.learning_rate:g}
