@@ -485,8 +485,10 @@ def test_an_adapter_s_file_that_gave_nothing_to_the_model(tmp_path):
     tensors = load_file(tmp_path / "good" / "adapter_model.safetensors")
     renamed = {name.replace("model.layers", "model.language_model.layers"): tensor for name, tensor in tensors.items()}
     zero = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    fresh = {name: zero[name] if "lora_B" in name else tensor for name, tensor in tensors.items()}
     for name, content, said in (
         ("good", tensors, ""), ("empty", {}, "has 0 tensors"), ("zero", zero, "and no update in them"),
+        ("fresh", fresh, "and no update in them"),
         ("renamed", renamed, "names that are not in the model: .*language_model"),
     ):  # fmt: skip
         if name != "good":

@@ -1,5 +1,6 @@
 """helpers.finetune: interrupted in every way and started again, a run ends as if nothing had happened."""
 
+import hashlib
 import json
 import os
 import re
@@ -431,6 +432,7 @@ def test_qlora_s_recipe_trains_and_its_card_says_what_was_measured(tmp_path, row
     assert config["base_model_name_or_path"] == "tiny"
     card = (run / "final" / "README.md").read_text(encoding="utf-8")
     assert f"A loss of {loss:.4f} nats per label token on 7 validation rows" in card
+    assert f"SHA-256 `{hashlib.sha256(rows.read_bytes()).hexdigest()[:16]}…`" in card
     assert "More Information Needed" not in card
     assert str(tmp_path) not in card
     assert "/" not in config["base_model_name_or_path"]
